@@ -1,0 +1,205 @@
+"""Build a TRIPS model from public towers: CLIP, DINOv2 or ViT for vision, BERT for text (section 3.1, 4.1).
+
+The towers are read by transformers, from a local folder or by hub name. Every tensor of the result is accounted for
+in an `ImportReport`; a missing or unexpected key is an error that names it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, BertConfig, BertModel, PreTrainedConfig, PreTrainedModel
+
+from trips.config import SelectionConfig, TripsConfig, bert_variant
+from trips.errors import CheckpointError, ConfigError, TripsError, UnsupportedModelError
+from trips.model import TripsModel, TripsPreTrainedModel
+from trips.towers import family_of
+
+logger = logging.getLogger("trips")
+
+ModelT = TypeVar("ModelT", bound=TripsPreTrainedModel)
+
+# Parts of public checkpoints that a tower has no place for, by prefix: named in the report, not an error.
+_IGNORED_VISION = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "pooler.", "classifier.",
+                   "vit.pooler.", "embeddings.mask_token", "mask_token")  # fmt: skip
+_IGNORED_TEXT = ("pooler.", "bert.pooler.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")
+
+
+@dataclass
+class ImportReport:
+    """What became of every tensor.
+
+    Attributes:
+        loaded: names in the new model that hold public weights.
+        initialised: names in the new model that no public tower has; they start at random.
+        ignored: names in the checkpoints that this model has no place for.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    initialised: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{len(self.loaded)} tensors loaded, {len(self.initialised)} initialised, {len(self.ignored)} ignored"
+
+
+def read_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """Configuration of a tower; `CheckpointError` names a folder without one or a name that cannot be reached."""
+    if isinstance(name_or_path, Path) and not name_or_path.is_dir():
+        raise CheckpointError("no such folder", item=str(name_or_path))
+    try:
+        return AutoConfig.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no configuration to be read ({str(error).splitlines()[0]})", item=str(name_or_path)
+        ) from error
+
+
+def load_vision_tower(name_or_path: str | Path, report: ImportReport | None = None) -> PreTrainedModel:
+    """A CLIP, ViT or DINOv2 tower in float32, every weight read.
+
+    Args:
+        name_or_path: local folder or hub name; a full CLIP model gives its vision half.
+        report: receives what was ignored.
+    Raises:
+        CheckpointError: unreadable, or keys missing or unexpected. UnsupportedModelError: another family.
+    """
+    config = read_config(name_or_path)
+    config = config.vision_config if config.model_type == "clip" else config
+    family = family_of(config)
+    return _load(family.model_class, config, name_or_path, dict(family.model_kwargs), _IGNORED_VISION, report)
+
+
+def load_text_tower(name_or_path: str | Path, report: ImportReport | None = None) -> BertModel:
+    """A BERT text tower in float32, all its layers; errors as `load_vision_tower`."""
+    config = read_config(name_or_path)
+    if not isinstance(config, BertConfig):
+        raise UnsupportedModelError(
+            "not a BERT text tower", item=str(name_or_path), found=config.model_type, expected="bert"
+        )
+    return _load(BertModel, config, name_or_path, {"add_pooling_layer": False}, _IGNORED_TEXT, report)
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    name_or_path: str | Path,
+    kwargs: dict,
+    ignored: tuple[str, ...],
+    report: ImportReport | None,
+) -> PreTrainedModel:
+    try:
+        model, info = model_class.from_pretrained(
+            str(name_or_path), config=config, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    except TripsError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub client raise what they like here
+        raise CheckpointError(
+            f"weights cannot be read ({str(error).splitlines()[0]})", item=str(name_or_path)
+        ) from error
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(ignored)]
+    for problem, keys in (
+        ("missing keys", info["missing_keys"]),
+        ("keys of another shape", info.get("mismatched_keys", ())),
+        ("unexpected keys", unexpected),
+    ):
+        if keys:
+            raise CheckpointError(problem, item=str(name_or_path), found=_first(keys))
+    if report is not None:
+        report.ignored += sorted(set(info["unexpected_keys"]) - set(unexpected))
+    return model
+
+
+def _first(keys: Iterable[object], limit: int = 8) -> list[str]:
+    names = sorted(str(key) for key in keys)
+    return names if len(names) <= limit else [*names[:limit], f"... {len(names) - limit} more"]
+
+
+def build_model_from_towers(
+    vision: str | Path,
+    text: str | Path,
+    task: type[ModelT] = TripsModel,
+    *,
+    num_text_layers: int = 6,
+    num_fusion_layers: int = 6,
+    num_decoder_layers: int | None = None,
+    selection: SelectionConfig | None = None,
+    dropout: float | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> tuple[ModelT, ImportReport]:
+    """A TRIPS model from a vision tower and a BERT: first layers to the text encoder, last to the fusion encoder.
+
+    Where text and fusion layers together exceed the tower's, the last ones are used twice (a copy). Cross-attention
+    has no public counterpart and starts at random. A decoder copies the fusion encoder and the word embeddings (E.5).
+
+    Args:
+        vision, text: local folders or hub names.
+        task: the model class.
+        num_text_layers: n of the first layers. num_fusion_layers: n of the last layers.
+        num_decoder_layers: of the answer decoder, as many as fusion layers unless given.
+        selection: default setting of the model.
+        dropout: replaces the text tower's dropout where given.
+        bos_token_id, eos_token_id: the tokenizer's [CLS] and [SEP], for a decoder.
+    Returns:
+        the model in float32 and the account of its tensors.
+    Raises:
+        CheckpointError, UnsupportedModelError: see `load_vision_tower`. ConfigError: more layers asked for than there.
+    """
+    report = ImportReport()
+    vision_tower, text_tower = load_vision_tower(vision, report), load_text_tower(text, report)
+    total = text_tower.config.num_hidden_layers
+    for name, count in (("num_text_layers", num_text_layers), ("num_fusion_layers", num_fusion_layers),
+                        ("num_decoder_layers", num_decoder_layers or num_fusion_layers)):  # fmt: skip
+        if not 1 <= count <= total:
+            raise ConfigError("the text tower has not so many layers", item=name, found=count, expected=f"1 to {total}")
+    shared = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    shared |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    crossed = {"is_decoder": True, "add_cross_attention": True}
+    config = TripsConfig(
+        vision_config=vision_tower.config,
+        text_config=bert_variant(text_tower.config, num_hidden_layers=num_text_layers, **shared),
+        fusion_encoder_config=bert_variant(text_tower.config, num_hidden_layers=num_fusion_layers, **crossed, **shared),
+        decoder_config=bert_variant(
+            text_tower.config, num_hidden_layers=num_decoder_layers or num_fusion_layers, **crossed, **shared
+        ),
+        selection=selection,
+    )
+    model = task(config)
+    trips = model if isinstance(model, TripsModel) else model.trips
+    trips.vision.tower.load_state_dict(vision_tower.state_dict())
+    trips.text.embeddings.load_state_dict(text_tower.embeddings.state_dict())
+    layers = text_tower.encoder.layer
+    _copy_layers(layers[:num_text_layers], trips.text.encoder.layer)
+    _copy_layers(layers[total - num_fusion_layers :], trips.fusion.layer)
+    if (decoder := getattr(model, "decoder", None)) is not None:
+        decoder.bert.embeddings.load_state_dict(text_tower.embeddings.state_dict())
+        _copy_layers(layers[total - len(decoder.bert.encoder.layer) :], decoder.bert.encoder.layer)
+    _account(model, report)
+    logger.info("imported %s and %s: %s", vision, text, report)
+    return model, report
+
+
+def _copy_layers(source: Iterable[nn.Module], target: Iterable[nn.Module]) -> None:
+    """Copy BERT layers; what the source lacks may only be cross-attention."""
+    for public, ours in zip(source, target, strict=True):
+        missing, unexpected = ours.load_state_dict(public.state_dict(), strict=False)
+        missing = [key for key in missing if not key.startswith("crossattention.")]
+        if missing or unexpected:
+            raise CheckpointError("layers do not correspond", item="text tower", found=_first([*missing, *unexpected]))
+
+
+def _account(model: nn.Module, report: ImportReport) -> None:
+    """Sort every tensor of the new model into loaded and initialised."""
+    new = (".crossattention.", "decoder.cls.", "fusion.image_projection.", "vision.guide_map")
+    tied = "decoder.cls.predictions.decoder.weight"  # the word embeddings under a second name
+    for name in model.state_dict():
+        is_new = name != tied and any(part in name for part in new)
+        (report.initialised if is_new else report.loaded).append(name)

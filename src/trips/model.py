@@ -1,0 +1,154 @@
+"""The dual-stream model: text encoder, ViT-TRIPS, fusion encoder (section 3.1, Figure 2a).
+
+Text goes first, since its [CLS] guides the image. The ALBEF-C baseline is this model with ``guide="none"``.
+
+Dimensions: I images, B texts, L text tokens, E image tokens that come out, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, BertModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from trips.config import SelectionConfig, TripsConfig
+from trips.errors import ConfigError, ShapeError
+from trips.fusion import FusionEncoder
+from trips.selection import Selection
+from trips.vision import VisionEncoder, VisionPrefix
+
+
+@dataclass
+class TripsOutput(ModelOutput):
+    """Output of `TripsModel`.
+
+    Attributes:
+        last_hidden_state: (B, L, D) fused text states; [:, 0] is the fused [CLS].
+        text_states: (B, L, D) of the text encoder; [:, 0] is t_cls.
+        image_states: (B, E, D) of ViT-TRIPS.
+        selections: one `Selection` per location.
+        image_positions: (B, E - 1) grid position of every image token behind [CLS], -1 for a fused token.
+        image_attention: (B, E - 1) the fusion encoder's mean attention, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    text_states: Tensor | None = None
+    image_states: Tensor | None = None
+    selections: tuple[Selection, ...] | None = None
+    image_positions: Tensor | None = None
+    image_attention: Tensor | None = None
+
+
+class TripsPreTrainedModel(PreTrainedModel):
+    """What all models share: configuration, initialisation, saving and loading by transformers."""
+
+    config: TripsConfig
+    config_class = TripsConfig
+    base_model_prefix = "trips"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["BertLayer", "CLIPEncoderLayer", "ViTLayer", "Dinov2Layer"]
+
+
+class TripsModel(TripsPreTrainedModel):
+    """Text encoder, vision encoder with patch selection, fusion encoder.
+
+    Args:
+        config: see `TripsConfig`. `config.selection` is the default; every call can take another.
+    """
+
+    def __init__(self, config: TripsConfig) -> None:
+        super().__init__(config)
+        self.text = BertModel._from_config(config.text_config, add_pooling_layer=False)
+        self.vision = VisionEncoder(config.vision_config, config.selection, config.text_config.hidden_size)
+        self.fusion = FusionEncoder(config.fusion_encoder_config, config.vision_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Word embeddings of the text encoder."""
+        return self.text.get_input_embeddings()
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Replace the word embeddings of the text encoder."""
+        self.text.set_input_embeddings(value)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """T = {t_cls, t_1 .. t_m}: (B, L) -> (B, L, D)."""
+        if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+            raise ShapeError(
+                "ids and mask do not fit",
+                item="input_ids",
+                found=(tuple(input_ids.shape), tuple(attention_mask.shape)),
+                expected="both (B, L)",
+            )
+        return self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def encode_prefix(self, pixel_values: Tensor, selection: SelectionConfig | None = None) -> VisionPrefix:
+        """The text-free part of the vision pass, (I, 3, H, W); hand it to `forward` with as many texts as you like."""
+        return self.vision.prefix(pixel_values, selection or self.config.selection)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        prefix: VisionPrefix | None = None,
+        text_states: Tensor | None = None,
+        selection: SelectionConfig | None = None,
+        observe: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> TripsOutput:
+        """Encode text, select and encode the image, fuse.
+
+        Args:
+            input_ids: (B, L). attention_mask: (B, L), all ones if not given.
+            pixel_values: (I, 3, H, W); I = B unless `image_index` is given.
+            image_index: (B,) number of the image that each text is about; texts of one image share its prefix.
+            prefix: from `encode_prefix`, in place of pixel_values.
+            text_states: (B, L, D) from `encode_text`, so that nothing is encoded twice.
+            selection: setting of this call, else `config.selection`.
+            observe: full-patch step: score at every location, keep everything, return the fusion's attention.
+            generator: noise of the random guide.
+        Raises:
+            ConfigError: neither image nor prefix, neither ids nor text states. ShapeError: rows do not fit.
+        """
+        selection = selection or self.config.selection
+        if (pixel_values is None) == (prefix is None):
+            raise ConfigError("give either pixel_values or prefix", item="forward")
+        if text_states is None:
+            if input_ids is None:
+                raise ConfigError("give input_ids or text_states", item="forward")
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            text_states = self.encode_text(input_ids, attention_mask)
+        elif attention_mask is None:
+            attention_mask = text_states.new_ones(text_states.shape[:2], dtype=torch.long)
+        prefix = prefix or self.encode_prefix(pixel_values, selection)
+        if image_index is not None:
+            prefix = prefix.take(image_index)
+        if prefix.states.shape[0] != text_states.shape[0]:
+            raise ShapeError(
+                "one image per text is needed, or an image_index",
+                item="pixel_values",
+                found=prefix.states.shape[0],
+                expected=text_states.shape[0],
+            )
+        image = self.vision.suffix(prefix, text_states[:, 0], selection, observe=observe, generator=generator)
+        fused, attention = self.fusion(text_states, attention_mask, image.last_hidden_state, observe)
+        return TripsOutput(
+            last_hidden_state=fused,
+            text_states=text_states,
+            image_states=image.last_hidden_state,
+            selections=image.selections,
+            image_positions=image.positions,
+            image_attention=attention,
+        )
+
+
+AutoConfig.register(TripsConfig.model_type, TripsConfig, exist_ok=True)
+AutoModel.register(TripsConfig, TripsModel, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Task models: each file holds the model class, its inference and its data contract."""

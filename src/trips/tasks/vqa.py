@@ -1,0 +1,234 @@
+"""Visual question answering by an answer decoder (section 5.1.1, after ALBEF).
+
+The fused question is read by a causal decoder that writes the answer: [CLS] pieces [SEP]. Inference generates
+freely or ranks a list of answers.
+
+Data contract of a batch (`trips.data.loading.VqaCollator` makes it): ``pixel_values`` (I, 3, H, W), ``image_index``
+(B,), ``input_ids`` and ``attention_mask`` (B, L), ``answer_ids`` and ``answer_mask`` (A, T), ``answer_index`` (A,)
+the question each answer belongs to, ``answer_weights`` (A,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertLMHeadModel, DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from trips.config import SelectionConfig, TripsConfig
+from trips.errors import ConfigError, ShapeError
+from trips.losses import answer_log_likelihood, answer_loss, guidance_distillation_loss
+from trips.model import TripsModel, TripsOutput, TripsPreTrainedModel
+from trips.selection import Selection
+from trips.vision import VisionPrefix
+
+
+@dataclass
+class VqaOutput(ModelOutput):
+    """Output of `TripsForQuestionAnswering`.
+
+    Attributes:
+        loss: what training minimises, None without answers.
+        loss_answer: the weighted answer loss, detached.
+        loss_distill: guidance distillation before its weight, detached; only in a distillation step.
+        question_states: (B, L, D) fused states that the decoder reads.
+        selections: one `Selection` per location.
+        image_positions: (B, E - 1) grid position of every image token behind [CLS], -1 for a fused token.
+    """
+
+    loss: Tensor | None = None
+    loss_answer: Tensor | None = None
+    loss_distill: Tensor | None = None
+    question_states: Tensor | None = None
+    selections: tuple[Selection, ...] | None = None
+    image_positions: Tensor | None = None
+
+
+class TripsForQuestionAnswering(TripsPreTrainedModel):
+    """TRIPS with an answer decoder.
+
+    Args:
+        config: see `TripsConfig`; ``decoder_config`` describes the decoder, its ``bos_token_id`` and
+            ``eos_token_id`` are the tokenizer's [CLS] and [SEP].
+    """
+
+    _tied_weights_keys = {
+        "decoder.cls.predictions.decoder.weight": "decoder.bert.embeddings.word_embeddings.weight",
+        "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias",
+    }
+
+    def __init__(self, config: TripsConfig) -> None:
+        super().__init__(config)
+        self.trips = TripsModel(config)
+        self.decoder = BertLMHeadModel._from_config(config.decoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Word embeddings of the text encoder."""
+        return self.trips.get_input_embeddings()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        answer_ids: Tensor | None = None,
+        answer_mask: Tensor | None = None,
+        answer_index: Tensor | None = None,
+        answer_weights: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        prefix: VisionPrefix | None = None,
+        selection: SelectionConfig | None = None,
+        distill: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> VqaOutput:
+        """Fuse questions with their images and, where answers are given, compute the loss.
+
+        Args:
+            pixel_values, input_ids, attention_mask, image_index, prefix, selection, generator: see `TripsModel`.
+            answer_ids: (A, T) [CLS] pieces [SEP] padding. answer_mask: (A, T).
+            answer_index: (A,) question of each answer; one answer per question in order if not given.
+            answer_weights: (A,); ones if not given.
+            distill: a full-patch step whose loss holds the guidance distillation term.
+        Raises:
+            ConfigError: distillation without a selection. ShapeError: answers do not fit the questions.
+        """
+        selection = selection or self.config.selection
+        if distill and not selection.active:
+            raise ConfigError("nothing selects, so there is no guide to teach", item="distill", found=selection.guide)
+        output = self.trips(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_index=image_index,
+            prefix=prefix,
+            selection=selection,
+            observe=distill,
+            generator=generator,
+        )
+        states = output.last_hidden_state
+        result = VqaOutput(question_states=states, selections=output.selections, image_positions=output.image_positions)
+        if answer_ids is None:
+            return result
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if answer_index is None:
+            if answer_ids.shape[0] != states.shape[0]:
+                raise ShapeError(
+                    "one answer per question is needed, or an answer_index",
+                    item="answer_ids",
+                    found=answer_ids.shape[0],
+                    expected=states.shape[0],
+                )
+            answer_index = torch.arange(states.shape[0], device=states.device)
+        likelihood = self._log_likelihood(
+            states.index_select(0, answer_index), attention_mask.index_select(0, answer_index), answer_ids, answer_mask
+        )
+        weights = torch.ones_like(likelihood) if answer_weights is None else answer_weights
+        result.loss = answer_loss(likelihood, weights, states.shape[0])
+        result.loss_answer = result.loss.detach()
+        if distill:
+            loss_distill = _distillation(output)
+            result.loss = result.loss + selection.distill_weight * loss_distill
+            result.loss_distill = loss_distill.detach()
+        return result
+
+    def _log_likelihood(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor | None) -> Tensor:
+        """(A,) log-likelihood of each answer under its own row of question states."""
+        answer_mask = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
+        logits = self.decoder(
+            input_ids=answer_ids,
+            attention_mask=answer_mask,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).logits
+        return answer_log_likelihood(logits, answer_ids, answer_mask)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        question_states: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        top_k: int = 128,
+    ) -> tuple[Tensor, Tensor]:
+        """Rank a list of answers: best `top_k` by their first token, then by the exact full likelihood (E.5).
+
+        Args:
+            question_states: (B, L, D) from `forward`. attention_mask: (B, L).
+            answer_ids: (C, T) candidates as [CLS] pieces [SEP] padding. answer_mask: (C, T).
+            top_k: candidates that get the full likelihood; all if it is at least C.
+        Returns:
+            (B, k) candidate numbers, best first, and their log-likelihoods.
+        """
+        batch, k = question_states.shape[0], min(top_k, answer_ids.shape[0])
+        first = self.decoder(
+            input_ids=answer_ids[:1, :1].expand(batch, 1),
+            encoder_hidden_states=question_states,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        ).logits[:, 0]
+        first_scores = torch.log_softmax(first.float(), dim=-1)[:, answer_ids[:, 1]]  # (B, C)
+        candidates = first_scores.topk(k, dim=1).indices
+        rows = torch.arange(batch, device=candidates.device).repeat_interleave(k)
+        chosen = candidates.flatten()
+        likelihood = self._log_likelihood(
+            question_states[rows], attention_mask[rows], answer_ids[chosen], answer_mask[chosen]
+        ).view(batch, k)
+        order = likelihood.sort(dim=1, descending=True, stable=True)
+        return candidates.gather(1, order.indices), order.values
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        prefix: VisionPrefix | None = None,
+        selection: SelectionConfig | None = None,
+        max_new_tokens: int = 10,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Write answers freely, greedy unless told otherwise.
+
+        Args:
+            pixel_values, input_ids, attention_mask, image_index, prefix, selection: as in `forward`.
+            kwargs: handed to transformers' ``generate`` (``num_beams`` and so on).
+        Returns:
+            (B, T) answer ids, [CLS] first.
+        """
+        states = self(
+            pixel_values, input_ids, attention_mask, image_index=image_index, prefix=prefix, selection=selection
+        ).question_states
+        decoder = self.config.decoder_config
+        if decoder.bos_token_id is None or decoder.eos_token_id is None:
+            raise ConfigError(
+                "the tokenizer's [CLS] and [SEP] ids are needed", item="decoder_config.bos_token_id, eos_token_id"
+            )
+        start = torch.full((states.shape[0], 1), decoder.bos_token_id, dtype=torch.long, device=states.device)
+        return self.decoder.generate(
+            input_ids=start,
+            encoder_hidden_states=states,
+            encoder_attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            bos_token_id=decoder.bos_token_id,
+            eos_token_id=decoder.eos_token_id,
+            pad_token_id=decoder.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            # A cache of both kinds: left to itself, generate makes one without a place for cross-attention.
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            **kwargs,
+        )
+
+
+def _distillation(output: TripsOutput) -> Tensor:
+    """Mean over locations of the divergence from the fusion's attention to the location's a_cls."""
+    losses = [guidance_distillation_loss(record.logits, output.image_attention) for record in output.selections]
+    return torch.stack(losses).mean()
