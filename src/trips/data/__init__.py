@@ -1,0 +1,1 @@
+"""Reading of image-text data: typed samples, readers of annotation formats, datasets and collators."""
