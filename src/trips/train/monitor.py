@@ -1,0 +1,205 @@
+"""What a training run tells: a progress bar for people, log lines, metrics.jsonl, TensorBoard.
+
+Values arrive here as plain numbers; `LossWindow` keeps them on the device until then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from trips.errors import DataError
+
+logger = logging.getLogger("trips")
+
+
+class LossWindow:
+    """Mean losses since the last reading, summed on the device: only `read` waits for it.
+
+    A loss that does not occur in every step, such as a distillation term, is averaged over the steps that had it.
+    Steps left out for a non-finite loss do not count.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor], finite: Tensor) -> None:
+        """Add the scalar losses of a step that counts only where ``finite`` (a scalar bool) is true."""
+        for name, value in losses.items():
+            value = torch.where(finite, value.detach().float(), 0.0)
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + finite.long()
+
+    def read(self) -> dict[str, float]:
+        """Means by name; empties the window. A loss without one counted step is NaN."""
+        means = {}
+        for name, total in self._sums.items():
+            count = int(self._counts[name])
+            means[name] = float(total) / count if count else math.nan
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class NonFiniteGuard:
+    """Counts the steps whose loss or gradient was not finite, names their samples, stops past a limit.
+
+    Flags stay on the device until `check`, so that a GPU is not waited for at every step.
+
+    Args:
+        limit: skipped steps tolerated in the whole run.
+        skipped: steps skipped before a resume.
+    """
+
+    def __init__(self, limit: int, skipped: int = 0) -> None:
+        self.limit, self.skipped = limit, skipped
+        self._pending: list[tuple[int, Tensor, tuple[str, ...]]] = []
+
+    def record(self, step: int, finite: Tensor, sources: tuple[str, ...]) -> None:
+        """Note the flag of a step (1 for the first) and where its samples came from."""
+        self._pending.append((step, finite, sources))
+
+    def check(self) -> None:
+        """Read the flags noted since the last call.
+
+        Raises:
+            DataError: more steps than the limit were skipped; names the step and its samples.
+        """
+        if not self._pending:
+            return
+        flags = torch.stack([finite for _, finite, _ in self._pending]).tolist()
+        bad = [(step, sources) for (step, _, sources), finite in zip(self._pending, flags) if not finite]
+        self._pending = []
+        for step, sources in bad:
+            self.skipped += 1
+            named = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+            if self.skipped > self.limit:
+                raise DataError(
+                    "loss or gradient is not finite",
+                    item=f"step {step}",
+                    found=f"samples {named}" if named else None,
+                    hint=f"{self.skipped} steps were skipped for it, {self.limit} are tolerated; look at these samples "
+                    "or lower the learning rate",
+                )
+            logger.warning(
+                "step %d: loss or gradient is not finite, step skipped; samples: %s", step, named or "unnamed"
+            )
+
+
+class Monitor:
+    """Progress bar, log lines and metric files of one run, as a context manager.
+
+    Args:
+        out_dir: where metrics.jsonl and the TensorBoard events go; None writes neither.
+        total: steps of the whole run.
+        start: steps already done; later lines of an interrupted run are dropped from metrics.jsonl.
+        enabled: False on all processes but the first.
+    """
+
+    def __init__(self, out_dir: Path | None, total: int, start: int, *, enabled: bool = True) -> None:
+        self.total, self.start, self.enabled = total, start, enabled
+        self._file = self._board = None
+        self._bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not (enabled and Console(stderr=True).is_terminal),
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, note="")
+        if out_dir is not None and enabled:
+            path = out_dir / "metrics.jsonl"
+            kept = _lines_until(path, start)
+            self._file = open(path, "w", encoding="utf-8")
+            self._file.writelines(kept)
+            self._board = _summary_writer(out_dir / "tensorboard", start)
+
+    def __enter__(self) -> Monitor:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a number of steps done."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
+        """Write one line of numbers everywhere.
+
+        Args:
+            step: steps done.
+            values: names and plain numbers.
+            kind: "train" or "evaluation"; prefix of the TensorBoard names.
+        """
+        if not self.enabled:
+            return
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        logger.info("%s step %d/%d  %s", kind, step, self.total, text)
+        self._bar.update(self._task, note=text)
+        if self._file is not None:
+            record = {"kind": kind, "step": step, "time": round(time.time(), 3), **_plain(values)}
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    # NaN is not JSON: a reader in another language would stumble over it.
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Lines of an earlier run up to a step; a half-written last line goes."""
+    if step == 0 or not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+_missing_board_told = False
+
+
+def _summary_writer(folder: Path, start: int) -> Any:
+    """TensorBoard writer, or None with one warning per process where TensorBoard is not installed."""
+    global _missing_board_told
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if not _missing_board_told:
+            logger.warning(
+                'no TensorBoard events: pip install "trips-vlm[train]" (metrics.jsonl is written all the same)'
+            )
+            _missing_board_told = True
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,0 +1,213 @@
+"""Recipes: everything that defines a run, as typed sections; YAML in, resolved YAML out.
+
+The defaults are the paper's setting, or ALBEF's where it is silent (sections 4.1 and 5.1.1). A recipe file names only
+what differs. Reading and checking is the business of `trips.train.recipe_io`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trips.config import SelectionConfig
+from trips.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The model.
+
+    Attributes:
+        vision: vision tower (CLIP, ViT, DINOv2): a folder, a hub name, "package:NAME/FOLDER" for files inside an
+            installed package, or "tiny" for a small one with random weights.
+        text: BERT text tower, named in the same ways; "tiny" trains its word pieces on the training texts.
+        num_text_layers: layers of the text encoder, the first of the text tower.
+        num_fusion_layers: layers of the fusion encoder, the last of the text tower.
+        num_decoder_layers: layers of the answer decoder, the last of the text tower.
+        dropout: dropout of the text, fusion and decoder layers; null keeps the text tower's.
+        selection: text-relevant patch selection, see SelectionConfig.
+    """
+
+    vision: str = "openai/clip-vit-base-patch16"
+    text: str = "google-bert/bert-base-uncased"
+    num_text_layers: int = 6
+    num_fusion_layers: int = 6
+    num_decoder_layers: int = 6
+    dropout: float | None = None
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The data.
+
+    Attributes:
+        train: WebDataset tars to train on, as paths or glob patterns, from the working directory.
+        test: tars to measure on after training.
+        image_size: side of the square that images are resized to, in pixels.
+        max_text_length: longest text in tokens; the rest is cut off.
+        max_questions_per_image: most questions of an image per step, drawn anew each epoch; null takes all.
+        min_answer_count: training questions that must have an answer for it to be a candidate in the ranking.
+        max_bad_share: share of unreadable samples tolerated (ten always are); they are skipped and named.
+        cache_images: keep resized images in memory.
+        num_workers: processes that decode images; 0 decodes in the training process.
+    """
+
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    image_size: int = 384
+    max_text_length: int = 40
+    max_questions_per_image: int | None = None
+    min_answer_count: int = 1
+    max_bad_share: float = 0.01
+    cache_images: bool = False
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """The optimizer, AdamW.
+
+    Attributes:
+        lr: peak learning rate of everything but the vision tower.
+        vision_lr: peak learning rate of the vision tower.
+        weight_decay: decoupled; not on biases, norms, [CLS] and position tables.
+        warmup_steps: steps of linear warm-up.
+        lr_floor: share of the peak where the warm-up starts and the cosine ends.
+        batch_size: images per step, each with its questions, over all processes.
+        accumulate: parts that a step's batch is cut into, one after the other, where memory is short.
+        epochs: passes over the training images; used where steps is null.
+        steps: optimizer steps, in place of epochs.
+        clip_norm: largest gradient norm; null does not clip.
+        max_nonfinite: steps with a non-finite loss or gradient that are skipped before the run stops.
+    """
+
+    lr: float = 2e-5
+    vision_lr: float = 2e-5
+    weight_decay: float = 0.02
+    warmup_steps: int = 400
+    lr_floor: float = 0.1
+    batch_size: int = 256
+    accumulate: int = 1
+    epochs: float = 8
+    steps: int | None = None
+    clip_norm: float | None = 1.0
+    max_nonfinite: int = 10
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """What selection does over the steps; beyond the paper, off by default.
+
+    Attributes:
+        keep_rate_warmup: share of the steps in which the keep rate falls from 1.0 to its value; 0 is off.
+        levels: distinct keep rates on that way, both ends included.
+        distill_every: distance of the full-patch steps where model.selection.learning is "distill".
+    """
+
+    keep_rate_warmup: float = 0.0
+    levels: int = 4
+    distill_every: int = 4
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The run.
+
+    Attributes:
+        out: folder for the resolved recipe, checkpoints, metrics, the model and results.json.
+        seed: of the order of the data, new weights and dropout.
+        precision: "bf16", "fp32", or "auto": bf16 on GPUs that have it.
+        resume: "auto" goes on from the newest checkpoint in out, "never" starts anew and removes them.
+        log_every: steps between log lines.
+        save_every: steps between checkpoints; 0 writes one at the end only.
+        keep_last: checkpoints kept.
+        eval_batch_size: images per batch in evaluation.
+        top_k: candidate answers, best by their first token, that are ranked by their full likelihood.
+    """
+
+    out: str = "runs/vqa"
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    resume: Literal["auto", "never"] = "auto"
+    log_every: int = 50
+    save_every: int = 500
+    keep_last: int = 2
+    eval_batch_size: int = 16
+    top_k: int = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, complete.
+
+    Attributes:
+        purpose: one line that says what the run is for.
+        task: which task model is trained.
+        model: towers and selection.
+        data: files and how they are read.
+        optim: optimizer and learning rates.
+        schedule: selection over the steps.
+        run: output, seed, precision, logging.
+
+    Raises:
+        ConfigError: a number out of its range; the error names the key.
+    """
+
+    purpose: str = ""
+    task: Literal["vqa"] = "vqa"
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    run: RunSection = field(default_factory=RunSection)
+
+    def __post_init__(self) -> None:
+        for key, (low, high) in _RANGES.items():
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
+                expected = f"at least {low}" if high == _INF else f"{low} to {high}"
+                raise ConfigError("out of range", item=key, found=value, expected=expected)
+        if self.optim.batch_size % self.optim.accumulate:
+            raise ConfigError(
+                "must divide by optim.accumulate",
+                item="optim.batch_size",
+                found=self.optim.batch_size,
+                expected=f"n x {self.optim.accumulate}",
+            )
+
+
+_INF = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "model.num_text_layers": (1, _INF),
+    "model.num_fusion_layers": (1, _INF),
+    "model.num_decoder_layers": (1, _INF),
+    "model.dropout": (0, 1),
+    "data.image_size": (1, _INF),
+    "data.max_text_length": (3, _INF),
+    "data.max_questions_per_image": (1, _INF),
+    "data.min_answer_count": (1, _INF),
+    "data.max_bad_share": (0, 1),
+    "data.num_workers": (0, _INF),
+    "optim.lr": (0, _INF),
+    "optim.vision_lr": (0, _INF),
+    "optim.weight_decay": (0, _INF),
+    "optim.warmup_steps": (0, _INF),
+    "optim.lr_floor": (0, 1),
+    "optim.batch_size": (1, _INF),
+    "optim.accumulate": (1, _INF),
+    "optim.epochs": (0, _INF),
+    "optim.steps": (0, _INF),
+    "optim.max_nonfinite": (0, _INF),
+    "schedule.keep_rate_warmup": (0, 1),
+    "schedule.levels": (2, _INF),
+    "schedule.distill_every": (1, _INF),
+    "run.seed": (0, 2**32 - 1),
+    "run.log_every": (1, _INF),
+    "run.save_every": (0, _INF),
+    "run.keep_last": (1, _INF),
+    "run.eval_batch_size": (1, _INF),
+    "run.top_k": (1, _INF),
+}
