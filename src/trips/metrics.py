@@ -1,0 +1,51 @@
+"""How well a selection keeps what a text speaks of.
+
+Relevance recall: the share of the patches of what is mentioned that survive. Relevance gain: that, minus the same
+under a text of the same type about another image; it takes out what is kept whatever the text. Chance is the share of
+patches kept.
+
+Dimensions: B texts, k kept tokens, N patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trips.errors import ShapeError
+
+
+def kept_mask(kept: Tensor, num_patches: int) -> Tensor:
+    """(B, k) grid positions, -1 for fused tokens -> (B, N) bool, true where the patch itself was kept."""
+    spare = torch.where(kept < 0, num_patches, kept)  # fused tokens go to one column that is cut off
+    mask = torch.zeros(kept.shape[0], num_patches + 1, dtype=torch.bool, device=kept.device)
+    return mask.scatter(1, spare, True)[:, :num_patches]
+
+
+def relevance_recall(kept: Tensor, relevant: Tensor) -> Tensor:
+    """Share of the relevant patches that were kept.
+
+    Args:
+        kept: (B, k) positions from a `Selection`, -1 for fused tokens, which count as lost.
+        relevant: (B, N) bool.
+    Returns:
+        (B,) float32; NaN for a text that speaks of no patch.
+    Raises:
+        ShapeError: numbers of rows differ.
+    """
+    if kept.shape[0] != relevant.shape[0]:
+        raise ShapeError("one row per text is needed", item="relevant", found=relevant.shape[0], expected=kept.shape[0])
+    hits = kept_mask(kept, relevant.shape[1]) & relevant
+    return hits.sum(dim=1).float() / relevant.sum(dim=1).float()
+
+
+def relevance_gain(kept: Tensor, kept_for_other: Tensor, relevant: Tensor) -> Tensor:
+    """Recall under the own text minus recall under another text, on the same image and its own relevant patches.
+
+    Args:
+        kept: (B, k) under the own text. kept_for_other: (B, k) under a text of the same type about another image.
+        relevant: (B, N) bool, of the own text.
+    Returns:
+        (B,) float32 in [-1, 1]; 0 for a guide that does not read.
+    """
+    return relevance_recall(kept, relevant) - relevance_recall(kept_for_other, relevant)

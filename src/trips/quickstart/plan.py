@@ -1,0 +1,81 @@
+"""How much of what the quick-start does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trips.config import SelectionConfig
+from trips.errors import ConfigError
+
+Scale = Literal["full", "smoke"]
+
+GUIDES = ("none", "text_literal", "text_gate", "text_distill", "image_cls", "random")
+"""Rows of the table, in order."""
+
+
+@dataclass(frozen=True)
+class QuickstartPlan:
+    """Sizes, steps and learning rates.
+
+    Attributes:
+        width: of all towers. vision_layers, text_layers, fusion_layers, decoder_layers: their depths.
+        layers: 1-based locations of the selection. keep_rate: per location.
+        label_steps: of the first warm-up stage, which teaches the vision tower what is on each patch.
+        bind_steps: of the second, which teaches questions with all patches and the vision tower frozen.
+        tune_steps: of the fine-tuning of every guide, all weights free.
+        num_scenes: per step. num_questions: per scene.
+        test_scenes, test_questions: scenes of the test part, and questions about each.
+        label_lr, bind_lr, tune_lr: peak learning rates.
+        timing_rounds: interleaved rounds of the throughput measurement.
+    """
+
+    width: int = 64
+    vision_layers: int = 6
+    text_layers: int = 2
+    fusion_layers: int = 2
+    decoder_layers: int = 1
+    layers: tuple[int, ...] = (2, 4)
+    keep_rate: float = 0.5
+    label_steps: int = 500
+    bind_steps: int = 1200
+    tune_steps: int = 300
+    num_scenes: int = 16
+    num_questions: int = 8
+    test_scenes: int = 128
+    test_questions: int = 16
+    label_lr: float = 4e-3
+    bind_lr: float = 1.2e-3
+    tune_lr: float = 6e-4
+    timing_rounds: int = 15
+
+    @classmethod
+    def of(cls, scale: Scale) -> QuickstartPlan:
+        """ "full" for the figures, "smoke" to see in seconds that everything runs; `ConfigError` for others."""
+        if scale == "full":
+            return cls()
+        if scale == "smoke":
+            return cls(
+                label_steps=3,
+                bind_steps=7,
+                tune_steps=2,
+                num_scenes=2,
+                test_scenes=8,
+                test_questions=8,
+                timing_rounds=1,
+            )
+        raise ConfigError("unknown value", item="scale", found=scale, expected="full | smoke")
+
+    @property
+    def curriculum(self) -> tuple[tuple[int, int], ...]:
+        """(last step, objects in a scene) of the second warm-up stage: binding is learnt on few objects first."""
+        shares = ((0.06, 1), (0.16, 2), (0.26, 3), (0.36, 4), (0.46, 6), (0.54, 8))
+        return tuple((round(self.bind_steps * share), count) for share, count in shares if self.bind_steps >= 50)
+
+    def selection(self, guide: str, keep_rate: float | None = None) -> SelectionConfig:
+        """Setting of a row of the table."""
+        rate = self.keep_rate if keep_rate is None else keep_rate
+        base = SelectionConfig(layers=self.layers, keep_rate=rate, score="raw_states")
+        if guide.startswith("text_"):
+            return base.replace(learning=guide.removeprefix("text_"))
+        return base.replace(guide={"image_cls": "image"}.get(guide, guide))

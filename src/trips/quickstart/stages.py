@@ -1,0 +1,195 @@
+"""Training stages of the quick-start.
+
+The warm-up stands in for the pre-trained weights that real models start from: first the vision tower learns what is on
+each patch (as CLIP or DINOv2 would know), then the model learns questions with all patches. Every guide fine-tunes a
+copy of the same warmed-up model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, ViTConfig
+
+from trips.config import SelectionConfig, TripsConfig, bert_variant
+from trips.data.scene_batches import SceneBatcher, SceneVqaData
+from trips.data.scenes import BACKGROUND_COLOURS, BANDS, COLOURS, SHAPES, TEXTURES, Scene
+from trips.processor import TripsProcessor
+from trips.quickstart.plan import QuickstartPlan
+from trips.tasks.vqa import TripsForQuestionAnswering
+from trips.train.loop import train
+from trips.train.schedule import SelectionSchedule
+from trips.train.settings import TrainReport, TrainSettings
+from trips.vision import VisionEncoder
+
+LABEL_CLASSES = {
+    "shape": 1 + len(SHAPES),
+    "colour": 1 + len(COLOURS),
+    "band": len(BANDS),
+    "band_colour": len(BACKGROUND_COLOURS),
+    "band_texture": len(TEXTURES),
+}
+
+
+def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQuestionAnswering:
+    """A small model with random weights.
+
+    Initial weights are wider than BERT's 0.02, which belongs to width 768: at width 64 it makes attention so flat
+    that words never bind to patches in the steps at hand.
+    """
+    tokenizer = processor.tokenizer
+    vision = ViTConfig(
+        hidden_size=plan.width,
+        intermediate_size=2 * plan.width,
+        num_hidden_layers=plan.vision_layers,
+        num_attention_heads=4,
+        image_size=processor.image_size[0],
+        patch_size=processor.patch_size,
+        initializer_range=0.05,
+    )
+    text = BertConfig(
+        hidden_size=plan.width,
+        intermediate_size=2 * plan.width,
+        num_hidden_layers=plan.text_layers,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.15,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )
+    crossed = bert_variant(text, is_decoder=True, add_cross_attention=True)
+    return TripsForQuestionAnswering(
+        TripsConfig(
+            vision_config=vision,
+            text_config=text,
+            fusion_encoder_config=bert_variant(crossed, num_hidden_layers=plan.fusion_layers),
+            decoder_config=bert_variant(crossed, num_hidden_layers=plan.decoder_layers),
+            selection=plan.selection("none"),
+        )
+    )
+
+
+class PatchLabelModel(nn.Module):
+    """A vision tower with one linear head per kind of patch label.
+
+    Args:
+        vision: trained in place.
+        width: of the tower.
+    """
+
+    def __init__(self, vision: VisionEncoder, width: int) -> None:
+        super().__init__()
+        self.vision = vision
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in LABEL_CLASSES.items()})
+
+    def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
+        """(I, 3, S, S) and labels (I, N) by name -> summed cross-entropy."""
+        states = self.vision(pixel_values, selection=self.vision.selection.replace(guide="none"))
+        patches = states.last_hidden_state[:, 1:].flatten(0, 1)
+        losses = [F.cross_entropy(self.heads[name](patches), labels[name].flatten()) for name in LABEL_CLASSES]
+        return {"loss": torch.stack(losses).sum()}
+
+
+def patch_labels(scene: Scene, patch_size: int) -> dict[str, np.ndarray]:
+    """What is on each patch, (N,) per name: shape and colour (0 for none), and the background band at its centre."""
+    things = scene.patch_labels(patch_size)
+    on_object = things > 0
+    labels = {
+        "shape": np.where(on_object, (things - 1) // len(COLOURS) + 1, 0),
+        "colour": np.where(on_object, (things - 1) % len(COLOURS) + 1, 0),
+    }
+    grid = scene.image.shape[0] // patch_size
+    centres = (np.arange(grid) * patch_size + patch_size // 2).astype(int)
+    band = np.zeros((grid, grid), dtype=np.int64)
+    for number, region in enumerate(scene.regions):
+        for x0, y0, x1, y1 in region.boxes:
+            inside = ((centres >= y0) & (centres < y1))[:, None] & ((centres >= x0) & (centres < x1))[None]
+            band[inside] = number
+    band = band.reshape(-1)
+    labels["band"] = band
+    colours = [list(BACKGROUND_COLOURS).index(region.colour) for region in scene.regions]
+    textures = [TEXTURES.index(region.texture) for region in scene.regions]
+    labels["band_colour"], labels["band_texture"] = np.array(colours)[band], np.array(textures)[band]
+    return labels
+
+
+@dataclass(frozen=True)
+class PatchLabelData:
+    """Training data of the first warm-up stage; see `trips.train.settings.TrainingData`."""
+
+    batcher: SceneBatcher
+    num_scenes: int
+    patch_size: int
+
+    def batches(self, start_step: int, num_steps: int) -> Iterator[dict[str, Any]]:
+        """Pixels and labels of fresh scenes, a function of the step."""
+        for step in range(start_step, start_step + num_steps):
+            scenes = self.batcher.scenes(step * self.num_scenes, self.num_scenes)
+            rows = [patch_labels(scene, self.patch_size) for scene in scenes]
+            labels = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in LABEL_CLASSES}
+            yield {"pixel_values": self.batcher.pixels(scenes), **labels}
+
+
+def warm_up(
+    model: TripsForQuestionAnswering, batcher: SceneBatcher, plan: QuickstartPlan, seed: int, out: Path | None = None
+) -> list[TrainReport]:
+    """Both warm-up stages, in place: patch labels, then questions with all patches and the vision tower frozen."""
+    labels = PatchLabelModel(model.trips.vision, plan.width)
+    settings = TrainSettings(
+        steps=plan.label_steps,
+        lr=plan.label_lr,
+        vision_lr=plan.label_lr,
+        warmup_steps=min(30, plan.label_steps),
+        seed=seed,
+        log_every=100,
+    )
+    data = PatchLabelData(batcher, 2 * plan.num_scenes, model.config.vision_config.patch_size)
+    reports = [train(labels, data, settings, out_dir=out and out / "labels", resume="never")]
+    model.trips.vision.requires_grad_(False)
+    settings = TrainSettings(
+        steps=plan.bind_steps,
+        lr=plan.bind_lr,
+        warmup_steps=min(50, plan.bind_steps),
+        seed=seed,
+        log_every=100,
+    )
+    questions = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, plan.curriculum)
+    reports.append(train(model, questions, settings, out_dir=out and out / "questions", resume="never"))
+    model.trips.vision.requires_grad_(True)
+    return reports
+
+
+def fine_tune(
+    warm: TripsForQuestionAnswering,
+    batcher: SceneBatcher,
+    plan: QuickstartPlan,
+    selection: SelectionConfig,
+    seed: int,
+    out: Path | None = None,
+) -> tuple[TripsForQuestionAnswering, TrainReport]:
+    """A copy of the warmed-up model, fine-tuned with a selection; all copies see the same questions."""
+    model = copy.deepcopy(warm)
+    model.config.selection = model.trips.vision.selection = selection
+    settings = TrainSettings(
+        steps=plan.tune_steps,
+        lr=plan.tune_lr,
+        vision_lr=plan.tune_lr,
+        warmup_steps=min(20, plan.tune_steps),
+        seed=seed,
+        log_every=100,
+    )
+    data = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
+    schedule = SelectionSchedule(selection, plan.tune_steps)
+    return model, train(model, data, settings, schedule=schedule, out_dir=out, resume="never")

@@ -1,0 +1,117 @@
+"""The quick-start in its smallest form, and its measurements against slow versions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from trips.data.scene_batches import TEST_START, SceneBatcher, scene_processor
+from trips.data.scenes import QUESTION_TYPES, SceneCorpus
+from trips.errors import ConfigError
+from trips.metrics import kept_mask
+from trips.quickstart import run_quickstart
+from trips.quickstart.evaluation import evaluate_guide, other_image_partner
+from trips.quickstart.plan import GUIDES, QuickstartPlan
+from trips.quickstart.report import findings
+from trips.quickstart.stages import build_model, patch_labels
+from trips.tasks.vqa import TripsForQuestionAnswering
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart")
+    return out, run_quickstart(out, seed=1, scale="smoke")
+
+
+def test_results_have_the_promised_form(smoke):
+    out, results = smoke
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"environment", "seconds", "rows"} <= results.keys()
+    assert tuple(row["guide"] for row in results["rows"]) == GUIDES
+    for row in results["rows"]:
+        assert {"keep_rates", "accuracy", "relevance_recall", "relevance_gain", "flops_g", "throughput"} <= row.keys()
+        assert row["accuracy"].keys() <= {"overall", *QUESTION_TYPES}
+        assert row["relevance_recall"].keys() == row["relevance_gain"].keys() == {"2", "4"}
+        assert row["throughput"] > 0
+    assert (out / "kept_patches.png").stat().st_size > 10_000
+
+
+def test_the_saved_model_is_usable(smoke):
+    out, _ = smoke
+    model = TripsForQuestionAnswering.from_pretrained(out / "model")
+    assert model.config.selection.learning in ("literal", "gate", "distill")
+
+
+def test_findings_say_where_a_claim_does_not_hold():
+    def row(guide, accuracy, speed):
+        return {
+            "guide": guide,
+            "accuracy": {"overall": accuracy},
+            "relevance_gain": {"4": 0.0},
+            "flops_g": 1.0,
+            "throughput": speed,
+        }
+
+    rows = [row("none", 0.9, 1), row("text_literal", 0.5, 2), row("text_gate", 0.7, 2), row("image_cls", 0.6, 2)]
+    rows.append(row("random", 0.4, 2))
+    lines = findings(rows, QuickstartPlan())
+    assert any(line.startswith("DOES NOT HOLD: text_literal ahead of image") and "-10.0" in line for line in lines)
+    assert any(line.startswith("holds: text_gate ahead of image") and "+10.0" in line for line in lines)
+    assert any(line.startswith("DOES NOT HOLD: within one point") and "-20.0" in line for line in lines)
+
+
+def test_unknown_scale():
+    with pytest.raises(ConfigError, match="scale"):
+        QuickstartPlan.of("large")
+
+
+def test_partner_has_the_same_type_and_another_image():
+    rng = np.random.default_rng(0)
+    types = [QUESTION_TYPES[i] for i in rng.integers(0, 5, 200)]
+    images = sorted(rng.integers(0, 16, 200).tolist())
+    partner = other_image_partner(types, images).tolist()
+    for row, other in enumerate(partner):
+        assert types[row] == types[other] and images[row] != images[other]
+
+
+@pytest.mark.parametrize("guide", ["text_literal", "image_cls", "none"])
+def test_evaluation_equals_one_question_at_a_time(guide):
+    corpus = SceneCorpus(seed=2)
+    batcher, plan = SceneBatcher(corpus, scene_processor(corpus)), QuickstartPlan()
+    torch.manual_seed(0)
+    model, selection = build_model(plan, batcher.processor).eval(), plan.selection(guide)
+    measured = evaluate_guide(model, batcher, selection, num_scenes=3, num_questions=6)
+    batch = batcher.batch(TEST_START, 3, 6)
+    correct, recalls = [], []
+    for row, question in enumerate(batch.questions):
+        ids = batch.tensors["input_ids"][row : row + 1, : batch.tensors["attention_mask"][row].sum()]
+        pixels = batch.tensors["pixel_values"][batch.tensors["image_index"][row]][None]
+        with torch.no_grad():
+            output = model(pixels, ids, selection=selection)
+            best, _ = model.rank_answers(
+                output.question_states, torch.ones_like(ids), batcher.answer_ids, batcher.answer_mask, top_k=99
+            )
+        correct.append(best[0, 0].item() == batch.answers[row].item())
+        if output.selections:
+            kept = kept_mask(output.selections[-1].kept, 64)[0]
+            relevant = batcher.relevant([question])[0]
+            recalls.append((kept & relevant).sum().item() / relevant.sum().item())
+    assert measured["accuracy"]["overall"] == pytest.approx(np.mean(correct))
+    assert measured["relevance_recall"]["4"] == pytest.approx(np.mean(recalls) if recalls else 1.0, abs=1e-6)
+    if guide != "text_literal":  # who does not read keeps the same under another text
+        assert measured["relevance_gain"]["4"] == 0.0
+
+
+def test_patch_labels_name_the_band_at_the_centre():
+    scene = SceneCorpus(seed=4).scene(0)
+    labels = patch_labels(scene, 8)
+    names = [region.name for region in scene.regions]
+    for patch in range(64):
+        y, x = patch // 8 * 8 + 4, patch % 8 * 8 + 4
+        inside = [r for r in scene.regions if any(b[0] <= x < b[2] and b[1] <= y < b[3] for b in r.boxes)]
+        assert len(inside) == 1 and names[labels["band"][patch]] == inside[0].name
+    assert ((labels["shape"] > 0) == (scene.patch_labels(8) > 0)).all()
+    assert labels["shape"].max() <= 16 and labels["colour"].max() <= 8

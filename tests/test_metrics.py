@@ -1,0 +1,46 @@
+"""Relevance metrics against sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trips.errors import ShapeError
+from trips.metrics import kept_mask, relevance_gain, relevance_recall
+
+
+@st.composite
+def kept_and_relevant(draw):
+    n, rows = draw(st.integers(2, 12)), draw(st.integers(1, 4))
+    k = draw(st.integers(1, n))
+    kept, relevant = [], []
+    for _ in range(rows):
+        row = draw(st.permutations(range(n)))[:k]
+        if draw(st.booleans()):
+            row[0] = -1  # a fused token
+        kept.append(row)
+        relevant.append(draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any)))
+    return torch.tensor(kept), torch.tensor(relevant)
+
+
+@given(kept_and_relevant())
+def test_recall_equals_counting_in_sets(case):
+    kept, relevant = case
+    for row, (positions, wanted) in enumerate(zip(kept.tolist(), relevant.tolist(), strict=True)):
+        want = {i for i, flag in enumerate(wanted) if flag}
+        assert relevance_recall(kept, relevant)[row].item() == pytest.approx(len(want & set(positions)) / len(want))
+        assert set(kept_mask(kept, len(wanted))[row].nonzero().flatten().tolist()) == set(positions) - {-1}
+
+
+def test_gain_takes_out_what_is_kept_whatever_the_text():
+    relevant = torch.tensor([[True, True, False, False]])
+    own, other = torch.tensor([[0, 1]]), torch.tensor([[1, 2]])
+    assert relevance_gain(own, other, relevant).item() == 0.5
+    assert relevance_gain(own, own, relevant).item() == 0.0
+
+
+def test_rows_must_fit():
+    with pytest.raises(ShapeError, match="relevant"):
+        relevance_recall(torch.zeros(2, 1, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool))
