@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("trips")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep small matrix products from spreading over every core: more threads make these tests slower."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

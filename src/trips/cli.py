@@ -227,6 +227,8 @@ def _show(verb: str, result: Any, as_json: bool) -> None:
         result = dataclasses.asdict(result)
     if as_json:
         print(json.dumps(result, default=_jsonable, ensure_ascii=False))
+    elif verb == "quickstart":
+        _show_quickstart(result)
     elif isinstance(result, Mapping):
         if not result:
             return
@@ -238,6 +240,16 @@ def _show(verb: str, result: Any, as_json: bool) -> None:
         Console().print(table)
     elif result is not None:
         print(result)
+
+
+def _show_quickstart(results: Mapping[str, Any]) -> None:
+    from trips.quickstart.report import results_table
+
+    console = Console(width=max(Console().width, 140))  # a table broken over lines helps nobody
+    console.print(results_table(results["rows"]))
+    for line in results["findings"]:
+        console.print(f"- {line}", highlight=False)
+    console.print(f"{results['seconds']:.0f} s; written to {results['out']}: results.json, kept_patches.png, model/")
 
 
 def _text(value: Any) -> str:

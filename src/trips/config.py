@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, PreTrainedConfig
@@ -123,8 +122,10 @@ class SelectionConfig:
         return self.from_dict({**dataclasses.asdict(self), **changes})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SelectionConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> SelectionConfig:
         """Build from a plain mapping; unknown keys raise `ConfigError` that names them."""
+        if not isinstance(values, Mapping):
+            raise ConfigError("must be a mapping", item="selection", found=values)
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError("unknown key", item=f"selection.{unknown[0]}", expected=" | ".join(sorted(known)))
@@ -145,9 +146,13 @@ for _name in ("layers", "keep_rate"):
 def num_kept(num_candidates: int, keep_rate: float) -> int:
     """k = ceil(r n), at least 1, free of float error (section 3.2, step 4).
 
-    The product is taken on the decimal that the user wrote: 0.55 of 100 is 55, not the 56 of a float product.
+    The product is taken on the decimal that the user wrote: 0.55 of 100 is 55, not the 56 of a float product. Plain
+    integers, so that torch.compile can follow.
     """
-    return max(1, min(num_candidates, math.ceil(Fraction(repr(float(keep_rate))) * num_candidates)))
+    digits, _, exponent = repr(float(keep_rate)).partition("e")
+    whole, _, decimals = digits.partition(".")
+    denominator = 10 ** (len(decimals) - int(exponent or 0))
+    return max(1, min(num_candidates, -(-int(whole + decimals) * num_candidates // denominator)))
 
 
 def selection_placement(num_layers: int, num_locations: int) -> tuple[int, ...]:
@@ -158,7 +163,7 @@ def selection_placement(num_layers: int, num_locations: int) -> tuple[int, ...]:
     Raises:
         ConfigError: L is not divisible by t + 1.
     """
-    step, rest = divmod(num_layers, num_locations + 1)
+    step, rest = divmod(num_layers, max(num_locations, 0) + 1)
     if rest or num_locations < 1:
         raise ConfigError(
             f"{num_layers} layers cannot be cut into {num_locations + 1} equal parts",
@@ -196,8 +201,8 @@ def token_counts(num_patches: int, num_layers: int, selection: SelectionConfig) 
 
 
 def check_locations(selection: SelectionConfig, num_layers: int) -> None:
-    """Raise `ConfigError` if a location lies beyond the last of `num_layers` layers."""
-    if beyond := [layer for layer in selection.layers if layer > num_layers]:
+    """Raise `ConfigError` if a location of an active selection lies beyond the last of `num_layers` layers."""
+    if beyond := [layer for layer in selection.layers if selection.active and layer > num_layers]:
         raise ConfigError(
             "location beyond the last layer",
             item="selection.layers",
@@ -213,7 +218,11 @@ def _as_config(value: Any, default: PreTrainedConfig, name: str) -> PreTrainedCo
         return value
     if not isinstance(value, dict) or "model_type" not in value:
         raise ConfigError("needs a model_type", item=name, found=value)
-    return AutoConfig.for_model(**value)
+    try:
+        return AutoConfig.for_model(**value)
+    except Exception as error:  # an unknown model_type, or a value that the family's own checks refuse
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"no such configuration ({reason})", item=name, found=value["model_type"]) from error
 
 
 class TripsConfig(PreTrainedConfig):
@@ -226,6 +235,8 @@ class TripsConfig(PreTrainedConfig):
             keeps the shorter name fusion_config for itself.)
         decoder_config: BertConfig of the causal answer decoder; default as the fusion encoder.
         selection: `SelectionConfig` or its fields as a mapping.
+        initializer_range: standard deviation of new weights of the fusion encoder and heads; default the text
+            encoder's.
 
     Raises:
         ConfigError: locations beyond the last layer; text and fusion widths differ; text width unlike vision width
@@ -245,7 +256,7 @@ class TripsConfig(PreTrainedConfig):
     fusion_encoder_config: Any = None
     decoder_config: Any = None
     selection: Any = None
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         clip_base = CLIPVisionConfig(patch_size=16, image_size=256)
@@ -260,10 +271,23 @@ class TripsConfig(PreTrainedConfig):
         if self.selection is None:
             self.selection = SelectionConfig()
         elif not isinstance(self.selection, SelectionConfig):
-            self.selection = SelectionConfig.from_dict(dict(self.selection))
+            self.selection = SelectionConfig.from_dict(self.selection)
+        self._check_families()
+        if self.initializer_range is None:
+            self.initializer_range = self.text_config.initializer_range
         check_locations(self.selection, self.vision_config.num_hidden_layers)
         self._check_widths()
         super().__post_init__(**kwargs)
+
+    def _check_families(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers"):
+            if not isinstance(getattr(self.vision_config, name, None), int):
+                raise ConfigError(
+                    f"no ViT: it has no {name}", item="vision_config", found=type(self.vision_config).__name__
+                )
+        for name in ("text_config", "fusion_encoder_config", "decoder_config"):
+            if getattr(self, name).model_type != "bert":
+                raise ConfigError("not a BERT", item=name, found=getattr(self, name).model_type, expected="bert")
 
     def _check_widths(self) -> None:
         text, vision = self.text_config.hidden_size, self.vision_config.hidden_size

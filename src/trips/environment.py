@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -17,9 +18,10 @@ def describe_environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name(),
         "threads": torch.get_num_threads(),
-        "system": platform.system(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "accelerate", "trips-vlm")},
+        **{name: _version(name) for name in ("trips-vlm", "torch", "transformers", "accelerate")},
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -38,7 +38,7 @@ class ImportReport:
     Attributes:
         loaded: names in the new model that hold public weights.
         initialised: names in the new model that no public tower has; they start at random.
-        ignored: names in the checkpoints that this model has no place for.
+        ignored: names in the checkpoints that this model has no place for, as "vision: name" or "text: name".
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -96,7 +96,12 @@ def _load(
 ) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(
-            str(name_or_path), config=config, dtype=torch.float32, output_loading_info=True, **kwargs
+            str(name_or_path),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, so that the error below can name the key
+            **kwargs,
         )
     except TripsError:
         raise
@@ -113,7 +118,8 @@ def _load(
         if keys:
             raise CheckpointError(problem, item=str(name_or_path), found=_first(keys))
     if report is not None:
-        report.ignored += sorted(set(info["unexpected_keys"]) - set(unexpected))
+        part = "text" if model_class is BertModel else "vision"  # both may have a "pooler.dense.weight"
+        report.ignored += [f"{part}: {key}" for key in sorted(set(info["unexpected_keys"]) - set(unexpected))]
     return model
 
 
@@ -153,11 +159,13 @@ def build_model_from_towers(
     Raises:
         CheckpointError, UnsupportedModelError: see `load_vision_tower`. ConfigError: more layers asked for than there.
     """
+    if num_decoder_layers is None:
+        num_decoder_layers = num_fusion_layers
     report = ImportReport()
     vision_tower, text_tower = load_vision_tower(vision, report), load_text_tower(text, report)
     total = text_tower.config.num_hidden_layers
     for name, count in (("num_text_layers", num_text_layers), ("num_fusion_layers", num_fusion_layers),
-                        ("num_decoder_layers", num_decoder_layers or num_fusion_layers)):  # fmt: skip
+                        ("num_decoder_layers", num_decoder_layers)):  # fmt: skip
         if not 1 <= count <= total:
             raise ConfigError("the text tower has not so many layers", item=name, found=count, expected=f"1 to {total}")
     shared = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -167,9 +175,7 @@ def build_model_from_towers(
         vision_config=vision_tower.config,
         text_config=bert_variant(text_tower.config, num_hidden_layers=num_text_layers, **shared),
         fusion_encoder_config=bert_variant(text_tower.config, num_hidden_layers=num_fusion_layers, **crossed, **shared),
-        decoder_config=bert_variant(
-            text_tower.config, num_hidden_layers=num_decoder_layers or num_fusion_layers, **crossed, **shared
-        ),
+        decoder_config=bert_variant(text_tower.config, num_hidden_layers=num_decoder_layers, **crossed, **shared),
         selection=selection,
     )
     model = task(config)

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
-from trips.fusion import FusionEncoder
+from trips.fusion import FusionEncoder, bidirectional_mask
 from trips.selection import Selection
 from trips.vision import VisionEncoder, VisionPrefix
 
@@ -85,7 +85,9 @@ class TripsModel(TripsPreTrainedModel):
                 found=(tuple(input_ids.shape), tuple(attention_mask.shape)),
                 expected="both (B, L)",
             )
-        return self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # A ready-made mask: from a plain one transformers would first ask the device whether anything is padded.
+        mask = bidirectional_mask(attention_mask, self.text.dtype)
+        return self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
     def encode_prefix(self, pixel_values: Tensor, selection: SelectionConfig | None = None) -> VisionPrefix:
         """The text-free part of the vision pass, (I, 3, H, W); hand it to `forward` with as many texts as you like."""
@@ -128,6 +130,13 @@ class TripsModel(TripsPreTrainedModel):
             text_states = self.encode_text(input_ids, attention_mask)
         elif attention_mask is None:
             attention_mask = text_states.new_ones(text_states.shape[:2], dtype=torch.long)
+        elif attention_mask.shape != text_states.shape[:2]:
+            raise ShapeError(
+                "mask and text states do not fit",
+                item="attention_mask",
+                found=tuple(attention_mask.shape),
+                expected=tuple(text_states.shape[:2]),
+            )
         prefix = prefix or self.encode_prefix(pixel_values, selection)
         if image_index is not None:
             prefix = prefix.take(image_index)

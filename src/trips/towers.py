@@ -133,6 +133,7 @@ class TowerReader:
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + N, D), positions interpolated to the grid at hand, pre-norm applied."""
+        pixel_values = pixel_values.to(self.tower.dtype)  # not every family's embeddings do it themselves
         kwargs = {"interpolate_pos_encoding": True} if self.family.interpolation_flag else {}
         states = self.tower.embeddings(pixel_values, **kwargs)
         return getattr(self.tower, self.family.pre_norm)(states) if self.family.pre_norm else states

@@ -250,7 +250,7 @@ class VisionEncoder(nn.Module):
             return states[:, 0]
         if text_cls is None:
             raise ConfigError("the text guides, but no text [CLS] was given", item="text_cls", expected="(B, D)")
-        if text_cls.shape[0] != states.shape[0]:
+        if text_cls.ndim != 2 or text_cls.shape[0] != states.shape[0]:
             raise ShapeError(
                 "one text [CLS] per image row is needed",
                 item="text_cls",
@@ -270,4 +270,5 @@ def semi_orthogonal(rows: int, columns: int, seed: int = 0) -> Tensor:
     """(rows, columns) fixed map with orthonormal rows or columns, whichever are fewer; seeded, no parameters."""
     noise = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed))
     basis = torch.linalg.qr(noise).Q
-    return basis if rows >= columns else basis.T.contiguous()
+    # Contiguous, as it will be after saving and loading: products then round alike and reloading is bitwise.
+    return (basis if rows >= columns else basis.T).contiguous()

@@ -16,10 +16,11 @@ from trips.quickstart.plan import QuickstartPlan
 from trips.tasks.vqa import TripsForQuestionAnswering
 
 
-def results_table(rows: list[dict[str, Any]], plan: QuickstartPlan) -> Table:
+def results_table(rows: list[dict[str, Any]]) -> Table:
     """Accuracy in per cent, relevance as shares at the last location, operations, pairs per second."""
-    last = str(plan.layers[-1])
-    table = Table(title=f"Questions about scenes, patches selected in layers {plan.layers}")
+    locations = list(rows[0]["relevance_recall"])
+    last = locations[-1]
+    table = Table(title=f"Questions about scenes, patches selected in layers {' and '.join(locations)}")
     for name in ("guide", "keep", "overall", *QUESTION_TYPES, "recall", "gain", "GFLOPs", "pairs/s"):
         table.add_column(name, justify="left" if name == "guide" else "right")
     for row in rows:

@@ -49,6 +49,7 @@ def run_quickstart(out: str | Path = "runs/quickstart", seed: int = 0, scale: Sc
         "environment": describe_environment(),
         "seconds": round(time.perf_counter() - start, 1),
         "seed": seed,
+        "out": str(out),
         "rows": rows,
         "findings": findings(rows, plan),
     }

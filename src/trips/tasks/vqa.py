@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
+from trips.fusion import bidirectional_mask
 from trips.losses import answer_log_likelihood, answer_loss, guidance_distillation_loss
 from trips.model import TripsModel, TripsOutput, TripsPreTrainedModel
 from trips.selection import Selection
@@ -62,6 +63,9 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
 
     def __init__(self, config: TripsConfig) -> None:
         super().__init__(config)
+        if not (config.decoder_config.is_decoder and config.decoder_config.add_cross_attention):
+            # transformers would silently build a decoder that never sees the question
+            raise ConfigError("needs is_decoder and add_cross_attention", item="decoder_config")
         self.trips = TripsModel(config)
         self.decoder = BertLMHeadModel._from_config(config.decoder_config)
         self.post_init()
@@ -95,11 +99,11 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             answer_weights: (A,); ones if not given.
             distill: a full-patch step whose loss holds the guidance distillation term.
         Raises:
-            ConfigError: distillation without a selection. ShapeError: answers do not fit the questions.
+            ConfigError: distillation without a guide that can learn. ShapeError: answers do not fit the questions.
         """
         selection = selection or self.config.selection
-        if distill and not selection.active:
-            raise ConfigError("nothing selects, so there is no guide to teach", item="distill", found=selection.guide)
+        if distill and (not selection.active or selection.guide == "random"):
+            raise ConfigError("there is no guide to teach", item="distill", found=selection.guide)
         output = self.trips(
             input_ids,
             attention_mask,
@@ -116,6 +120,13 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             return result
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        for name, tensor, shape in (
+            ("answer_mask", answer_mask, answer_ids.shape),
+            ("answer_index", answer_index, answer_ids.shape[:1]),
+            ("answer_weights", answer_weights, answer_ids.shape[:1]),
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise ShapeError("does not fit answer_ids", item=name, found=tuple(tensor.shape), expected=tuple(shape))
         if answer_index is None:
             if answer_ids.shape[0] != states.shape[0]:
                 raise ShapeError(
@@ -140,11 +151,12 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
     def _log_likelihood(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor | None) -> Tensor:
         """(A,) log-likelihood of each answer under its own row of question states."""
         answer_mask = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
+        # Padding stands behind the answer, where a causal decoder never looks, so the answers need no mask; the
+        # question's is ready-made. From plain masks transformers would first ask the device what is padded.
         logits = self.decoder(
             input_ids=answer_ids,
-            attention_mask=answer_mask,
             encoder_hidden_states=states,
-            encoder_attention_mask=mask,
+            encoder_attention_mask=bidirectional_mask(mask, states.dtype)[:, :, :1],
             use_cache=False,
         ).logits
         return answer_log_likelihood(logits, answer_ids, answer_mask)
@@ -175,7 +187,8 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             use_cache=False,
         ).logits[:, 0]
         first_scores = torch.log_softmax(first.float(), dim=-1)[:, answer_ids[:, 1]]  # (B, C)
-        candidates = first_scores.topk(k, dim=1).indices
+        # A stable sort: answers that share their first token tie, and topk leaves the order of ties open.
+        candidates = first_scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         rows = torch.arange(batch, device=candidates.device).repeat_interleave(k)
         chosen = candidates.flatten()
         likelihood = self._log_likelihood(

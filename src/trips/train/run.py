@@ -6,9 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 
 from trips.data.loading import AnswerList
 from trips.data.records import BadSamples
+from trips.environment import describe_environment
 from trips.errors import CheckpointError, ConfigError, MissingDependencyError, TripsError
 from trips.processor import TripsProcessor
 from trips.tasks.vqa import TripsForQuestionAnswering
@@ -98,7 +97,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         processor.save_pretrained(out / MODEL_FOLDER)
         scores = _measure(recipe, model, processor, answers, test_records, bad_samples)
         results = {
-            "environment": environment(),
+            "environment": describe_environment(),
             "recipe": recipe_to_dict(recipe),
             **scores,
             "majority": majority_accuracy(records, test_records),
@@ -193,25 +192,6 @@ def train_settings(recipe: Recipe, num_images: int) -> TrainSettings:
         keep_last=run.keep_last,
         max_nonfinite=optim.max_nonfinite,
     )
-
-
-def environment() -> dict[str, Any]:
-    """What a number was measured on: versions, device, threads."""
-    versions = {}
-    for name in ("trips-vlm", "torch", "transformers", "accelerate", "tokenizers", "numpy", "Pillow"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "cpu_threads": torch.get_num_threads(),
-    }
 
 
 def _measure(

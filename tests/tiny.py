@@ -1,0 +1,88 @@
+"""Tiny configurations, weights and batches for tests: width 32, 4 vision layers, 8-pixel patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig, ViTConfig
+
+from trips.config import SelectionConfig, TripsConfig
+
+FAMILIES = ("clip", "vit", "dinov2")
+BOS, EOS, VOCABULARY = 2, 3, 40
+
+
+def tiny_vision_config(family: str = "clip", width: int = 32, num_layers: int = 4) -> PreTrainedConfig:
+    """A tower of 4 heads trained at 32 x 32 pixels in patches of 8."""
+    shared = {
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    if family == "clip":
+        return CLIPVisionConfig(intermediate_size=2 * width, **shared)
+    if family == "vit":
+        return ViTConfig(intermediate_size=2 * width, **shared)
+    return Dinov2Config(mlp_ratio=2, **shared)
+
+
+def tiny_bert_config(width: int = 32, num_layers: int = 2, **changes: object) -> BertConfig:
+    """A BERT without dropout, so that training mode computes what evaluation computes."""
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    return BertConfig(**{**values, **changes})
+
+
+def tiny_config(
+    family: str = "clip", *, width: int = 32, text_width: int = 32, num_layers: int = 4, **selection: object
+) -> TripsConfig:
+    """A whole model; `selection` holds fields of `SelectionConfig`, by default half the patches at layers 2 and 3."""
+    return TripsConfig(
+        vision_config=tiny_vision_config(family, width, num_layers),
+        text_config=tiny_bert_config(text_width),
+        selection=SelectionConfig(**{"layers": (2, 3), "keep_rate": 0.5, **selection}),
+    )
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a value of its own: norms, LayerScale and biases too, which start as ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "embed" in name or "token" in name:
+            value = 0.4 * noise
+        elif parameter.ndim >= 2:
+            value = noise / parameter[0].numel() ** 0.5
+        elif name.endswith("bias"):
+            value = 0.2 * noise
+        else:  # a norm's weight, LayerScale
+            value = 1 + 0.3 * noise
+        parameter.data.copy_(value)
+    return module.eval()
+
+
+def images(count: int = 2, height: int = 32, width: int = 32, seed: int = 1) -> Tensor:
+    """(count, 3, height, width) noise."""
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(count: int = 2, length: int = 6, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """(count, length) ids behind a [CLS] and their mask; row i ends in i places of padding (id 0)."""
+    ids = torch.randint(4, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = BOS
+    mask = torch.ones_like(ids)
+    for row in range(1, count):
+        mask[row, length - min(row, length - 1) :] = 0
+    return ids * mask, mask
