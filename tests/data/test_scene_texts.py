@@ -130,7 +130,9 @@ def test_a_curriculum_has_fewer_objects_in_distinct_colours() -> None:
         assert len(scene.objects) == len({t.colour for t in scene.objects}) == len({t.shape for t in scene.objects})
         assert len(scene.objects) == count
         types = {question.type for question in CORPUS.questions(scene, 60)}
-        expected = {"object", "background"} if count == 1 else {"object", "background", "relation", "existence"}
+        expected = (
+            {"object", "background", "existence"} if count == 1 else {"object", "background", "relation", "existence"}
+        )
         assert types == expected
         assert all(q.answer == true_answer(scene, q.text) for q in CORPUS.questions(scene, 20))
         assert CORPUS.caption(scene).text

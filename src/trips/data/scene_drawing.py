@@ -193,6 +193,10 @@ def _colour_counts(num_objects: int, rng: np.random.Generator) -> list[int]:
 def draw_scene(config: SceneConfig, rng: np.random.Generator, index: int, num_objects: int) -> Scene:
     """Paint one scene: bands with textures, grey specks that nothing asks about, objects, noise.
 
+    A scene of fewer than eight objects is easy: colours and textures of its bands are independent and may repeat, so
+    that the picture as a whole tells something of the answers. Balanced scenes tell nothing before a word is bound to
+    a place, which leaves a model that starts from nothing without a slope to follow.
+
     Args:
         config: sizes and noise.
         rng: the scene's own generator; all chance comes from it.
@@ -211,6 +215,8 @@ def draw_scene(config: SceneConfig, rng: np.random.Generator, index: int, num_ob
     wave = np.rint(amplitude * reach * np.sin(2 * np.pi * (np.arange(size) / size + phase))).astype(int)
     band_of = (np.arange(size)[:, None, None] >= (cuts + wave[:, None])[None]).sum(axis=2)  # (S, S) of 0..3
     colours, textures = rng.permutation(4), rng.permutation(4)
+    if num_objects < len(COLOURS):  # an easy scene, see `draw_scene`
+        colours, textures = rng.integers(0, 4, size=4), rng.integers(0, 4, size=4)
     shift_y, shift_x = rng.integers(0, patch, size=2).tolist()
     maps = texture_maps(size, patch)[:, shift_y : shift_y + size, shift_x : shift_x + size]
     texture = np.take_along_axis(maps, textures[band_of][None], axis=0)[0]

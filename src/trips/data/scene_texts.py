@@ -123,10 +123,10 @@ def _object(scene: Scene) -> dict[str, list[Fact]]:
 
 
 def _background(scene: Scene) -> dict[str, list[Fact]]:
-    facts = {}
+    facts: dict[str, list[Fact]] = {}
     for region in scene.regions:
-        facts[region.colour] = [Fact("colour", (region.name,), (region.boxes,))]
-        facts[region.texture] = [Fact("texture", (region.name,), (region.boxes,))]
+        facts.setdefault(region.colour, []).append(Fact("colour", (region.name,), (region.boxes,)))
+        facts.setdefault(region.texture, []).append(Fact("texture", (region.name,), (region.boxes,)))
     return facts
 
 
@@ -144,11 +144,14 @@ def _relation(scene: Scene) -> dict[str, list[Fact]]:
 
 def _existence(scene: Scene) -> dict[str, list[Fact]]:
     facts: dict[str, list[Fact]] = {"yes": [], "no": []}
+    present = [thing.colour for thing in scene.objects]
+    # Easy scenes (see `draw_scene`) may name a colour that is nowhere.
+    wrong = present if len(present) >= len(COLOURS) else list(COLOURS)
     for thing in scene.objects:
-        for other in scene.objects:
-            if thing.colour != other.colour:
+        for other in wrong:
+            if thing.colour != other:
                 # Over all such ordered pairs, each shape and each colour is named equally often with "yes" and "no".
-                for answer, colour in (("yes", thing.colour), ("no", other.colour)):
+                for answer, colour in (("yes", thing.colour), ("no", other)):
                     facts[answer].append(Fact("existence", (_a(colour, thing.shape),), ((thing.box,),)))
     return facts
 
@@ -177,7 +180,7 @@ def candidates(scene: Scene, type: str) -> dict[str, list[Fact]]:
         type: one of QUESTION_TYPES.
     Returns:
         answer -> facts; answers are drawn uniformly, then facts uniformly. Empty where the scene cannot support the
-        type: fewer than two objects (relation, existence), or a count among 1, 2, 3 that no colour has (counting).
+        type: fewer than two objects (relation), or a count among 1, 2, 3 that no colour has (counting).
     Raises:
         ConfigError: unknown type.
     """
@@ -189,7 +192,7 @@ def candidates(scene: Scene, type: str) -> dict[str, list[Fact]]:
 def supported_types(scene: Scene) -> tuple[str, ...]:
     """The question types whose `candidates` are non-empty for this scene, without listing them."""
     counts = Counter(thing.colour for thing in scene.objects)
-    needs = {"relation": len(scene.objects) >= 2, "existence": len(counts) >= 2}
+    needs = {"relation": len(scene.objects) >= 2}
     needs["counting"] = {str(count) for count in counts.values()} == set(_ANSWERS["counting"])
     return tuple(kind for kind in QUESTION_TYPES if needs.get(kind, True))
 

@@ -138,7 +138,7 @@ class SceneCorpus:
                     f"scene {scene.index} cannot support this type",
                     item=f"question type {kind}",
                     found=f"{len(scene.objects)} objects",
-                    hint="counting needs 11 objects or more, relation and existence two or more",
+                    hint="counting needs 11 objects or more, relation two or more",
                 )
         kinds = [kind for kind in weights if weights[kind] > 0 and kind in possible]
         if not kinds:

@@ -22,7 +22,8 @@ class QuickstartPlan:
         width: of all towers. vision_layers, text_layers, fusion_layers, decoder_layers: their depths.
         layers: 1-based locations of the selection. keep_rate: per location.
         label_steps: of the first warm-up stage, which teaches the vision tower what is on each patch.
-        bind_steps: of the second, which teaches questions with all patches and the vision tower frozen.
+        bind_steps: of the second, which binds words to patches in scenes of few objects, vision tower frozen.
+        question_steps: of the third, all kinds of questions about full scenes, vision tower frozen.
         tune_steps: of the fine-tuning of every guide, all weights free.
         num_scenes: per step. num_questions: per scene.
         test_scenes, test_questions: scenes of the test part, and questions about each.
@@ -38,14 +39,15 @@ class QuickstartPlan:
     layers: tuple[int, ...] = (2, 4)
     keep_rate: float = 0.5
     label_steps: int = 500
-    bind_steps: int = 1200
+    bind_steps: int = 800
+    question_steps: int = 500
     tune_steps: int = 300
     num_scenes: int = 16
     num_questions: int = 8
     test_scenes: int = 128
     test_questions: int = 16
     label_lr: float = 4e-3
-    bind_lr: float = 1.2e-3
+    bind_lr: float = 1e-3
     tune_lr: float = 6e-4
     timing_rounds: int = 15
 
@@ -57,7 +59,8 @@ class QuickstartPlan:
         if scale == "smoke":
             return cls(
                 label_steps=3,
-                bind_steps=7,
+                bind_steps=6,
+                question_steps=2,
                 tune_steps=2,
                 num_scenes=2,
                 test_scenes=8,
@@ -69,8 +72,8 @@ class QuickstartPlan:
     @property
     def curriculum(self) -> tuple[tuple[int, int], ...]:
         """(last step, objects in a scene) of the second warm-up stage: binding is learnt on few objects first."""
-        shares = ((0.06, 1), (0.16, 2), (0.26, 3), (0.36, 4), (0.46, 6), (0.54, 8))
-        return tuple((round(self.bind_steps * share), count) for share, count in shares if self.bind_steps >= 50)
+        shares = ((0.19, 1), (0.38, 2), (0.56, 3), (0.75, 4), (1.0, 6))
+        return tuple((round(self.bind_steps * share), count) for share, count in shares)
 
     def selection(self, guide: str, keep_rate: float | None = None) -> SelectionConfig:
         """Setting of a row of the table."""

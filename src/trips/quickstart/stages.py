@@ -1,16 +1,16 @@
 """Training stages of the quick-start.
 
-The warm-up stands in for the pre-trained weights that real models start from: first the vision tower learns what is on
-each patch (as CLIP or DINOv2 would know), then the model learns questions with all patches. Every guide fine-tunes a
-copy of the same warmed-up model.
+The warm-up stands in for the pre-trained weights that real models start from: the vision tower learns what is on each
+patch (as CLIP or DINOv2 would know), then words are bound to patches in scenes of few objects, then all questions are
+asked about full scenes, with all patches. Every guide fine-tunes a copy of the same warmed-up model.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import BertConfig, ViTConfig
 
 from trips.config import SelectionConfig, TripsConfig, bert_variant
 from trips.data.scene_batches import SceneBatcher, SceneVqaData
-from trips.data.scenes import BACKGROUND_COLOURS, BANDS, COLOURS, SHAPES, TEXTURES, Scene
+from trips.data.scenes import BACKGROUND_COLOURS, BANDS, COLOURS, SHAPES, TEXTURES, Scene, SceneCorpus
 from trips.processor import TripsProcessor
 from trips.quickstart.plan import QuickstartPlan
 from trips.tasks.vqa import TripsForQuestionAnswering
@@ -37,13 +37,16 @@ LABEL_CLASSES = {
     "band_colour": len(BACKGROUND_COLOURS),
     "band_texture": len(TEXTURES),
 }
+_BAND_WEIGHT = 0.3  # of the labels of the background beside those of the objects, which are harder
+_BINDING_MIXTURE = (("object", 0.45), ("background", 0.275), ("existence", 0.275))
+_BETA2 = 0.98  # short runs: the usual 0.999 remembers the first, wild gradients for most of them
 
 
 def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQuestionAnswering:
     """A small model with random weights.
 
-    Initial weights are wider than BERT's 0.02, which belongs to width 768: at width 64 it makes attention so flat
-    that words never bind to patches in the steps at hand.
+    Initial weights of text encoder and decoder are wider than BERT's 0.02, which belongs to width 768: at width 64 it
+    makes attention so flat that words never bind to patches in the steps at hand.
     """
     tokenizer = processor.tokenizer
     vision = ViTConfig(
@@ -64,7 +67,7 @@ def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQues
         max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.15,
+        initializer_range=0.25,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
@@ -77,6 +80,7 @@ def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQues
             fusion_encoder_config=bert_variant(crossed, num_hidden_layers=plan.fusion_layers),
             decoder_config=bert_variant(crossed, num_hidden_layers=plan.decoder_layers),
             selection=plan.selection("none"),
+            initializer_range=0.02,
         )
     )
 
@@ -95,11 +99,12 @@ class PatchLabelModel(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in LABEL_CLASSES.items()})
 
     def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
-        """(I, 3, S, S) and labels (I, N) by name -> summed cross-entropy."""
+        """(I, 3, S, S) and labels (I, N) by name -> weighted sum of the cross-entropies."""
         states = self.vision(pixel_values, selection=self.vision.selection.replace(guide="none"))
         patches = states.last_hidden_state[:, 1:].flatten(0, 1)
-        losses = [F.cross_entropy(self.heads[name](patches), labels[name].flatten()) for name in LABEL_CLASSES]
-        return {"loss": torch.stack(losses).sum()}
+        losses = {name: F.cross_entropy(head(patches), labels[name].flatten()) for name, head in self.heads.items()}
+        weighted = [_BAND_WEIGHT * loss if name.startswith("band") else loss for name, loss in losses.items()]
+        return {"loss": torch.stack(weighted).sum()} | {f"loss_{name}": loss.detach() for name, loss in losses.items()}
 
 
 def patch_labels(scene: Scene, patch_size: int) -> dict[str, np.ndarray]:
@@ -143,30 +148,33 @@ class PatchLabelData:
 
 
 def warm_up(
-    model: TripsForQuestionAnswering, batcher: SceneBatcher, plan: QuickstartPlan, seed: int, out: Path | None = None
+    model: TripsForQuestionAnswering, batcher: SceneBatcher, plan: QuickstartPlan, seed: int
 ) -> list[TrainReport]:
-    """Both warm-up stages, in place: patch labels, then questions with all patches and the vision tower frozen."""
+    """The three warm-up stages, in place."""
+    common = {"seed": seed, "log_every": 100, "beta2": _BETA2}
     labels = PatchLabelModel(model.trips.vision, plan.width)
     settings = TrainSettings(
         steps=plan.label_steps,
         lr=plan.label_lr,
         vision_lr=plan.label_lr,
         warmup_steps=min(30, plan.label_steps),
-        seed=seed,
-        log_every=100,
+        lr_floor=0.02,
+        **common,
     )
     data = PatchLabelData(batcher, 2 * plan.num_scenes, model.config.vision_config.patch_size)
-    reports = [train(labels, data, settings, out_dir=out and out / "labels", resume="never")]
+    reports = [train(labels, data, settings)]
     model.trips.vision.requires_grad_(False)
-    settings = TrainSettings(
-        steps=plan.bind_steps,
-        lr=plan.bind_lr,
-        warmup_steps=min(50, plan.bind_steps),
-        seed=seed,
-        log_every=100,
+    easy = SceneCorpus(dataclasses.replace(batcher.corpus.config, mixture=_BINDING_MIXTURE), batcher.corpus.seed)
+    questions = SceneVqaData(
+        SceneBatcher(easy, batcher.processor), plan.num_scenes, plan.num_questions, plan.curriculum
     )
-    questions = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, plan.curriculum)
-    reports.append(train(model, questions, settings, out_dir=out and out / "questions", resume="never"))
+    settings = TrainSettings(
+        steps=plan.bind_steps, lr=plan.bind_lr, warmup_steps=min(50, plan.bind_steps), lr_floor=1.0, **common
+    )
+    reports.append(train(model, questions, settings))
+    questions = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
+    settings = TrainSettings(steps=plan.question_steps, lr=plan.bind_lr, lr_floor=0.4, **common)
+    reports.append(train(model, questions, settings))
     model.trips.vision.requires_grad_(True)
     return reports
 
@@ -177,7 +185,6 @@ def fine_tune(
     plan: QuickstartPlan,
     selection: SelectionConfig,
     seed: int,
-    out: Path | None = None,
 ) -> tuple[TripsForQuestionAnswering, TrainReport]:
     """A copy of the warmed-up model, fine-tuned with a selection; all copies see the same questions."""
     model = copy.deepcopy(warm)
@@ -189,7 +196,7 @@ def fine_tune(
         warmup_steps=min(20, plan.tune_steps),
         seed=seed,
         log_every=100,
+        beta2=_BETA2,
     )
-    data = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
-    schedule = SelectionSchedule(selection, plan.tune_steps)
-    return model, train(model, data, settings, schedule=schedule, out_dir=out, resume="never")
+    data = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps + plan.question_steps)
+    return model, train(model, data, settings, schedule=SelectionSchedule(selection, plan.tune_steps))

@@ -103,7 +103,7 @@ class _Run:
         self.out_dir = out_dir
         self.bare = model.to(self.accelerator.device).train()
         groups = parameter_groups(model, settings.lr, settings.vision_lr, settings.weight_decay)
-        self.base_optimizer = build_adamw(groups)
+        self.base_optimizer = build_adamw(groups, (0.9, settings.beta2))
         self.lr_schedule = build_schedule(self.base_optimizer, settings.steps, settings.warmup_steps, settings.lr_floor)
         self.model, self.optimizer = self.accelerator.prepare(model, self.base_optimizer)
         self.parameters = [parameter for group in groups for parameter in group["params"]]

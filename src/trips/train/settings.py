@@ -40,6 +40,7 @@ class TrainSettings:
         lr: peak learning rate of everything but vision.
         vision_lr: peak learning rate of the vision tower.
         weight_decay: decoupled weight decay.
+        beta2: decay of AdamW's second moment.
         warmup_steps: steps until the peak.
         lr_floor: share of the peak at the start of the warm-up and at the end of the run.
         clip_norm: largest global gradient norm; None does not clip.
@@ -59,6 +60,7 @@ class TrainSettings:
     lr: float = 1e-4
     vision_lr: float = 1e-5
     weight_decay: float = 0.02
+    beta2: float = 0.999
     warmup_steps: int = 0
     lr_floor: float = 0.1
     clip_norm: float | None = 1.0
@@ -79,6 +81,8 @@ class TrainSettings:
                 raise ConfigError("too small", item=name, found=getattr(self, name), expected=f"at least {least}")
         if not 0 <= self.lr_floor <= 1:
             raise ConfigError("not a share", item="lr_floor", found=self.lr_floor, expected="0 to 1")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError("not a decay", item="beta2", found=self.beta2, expected="0 <= beta2 < 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError("must be positive", item="clip_norm", found=self.clip_norm)
         if self.precision not in ("auto", "fp32", "bf16"):
