@@ -51,7 +51,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     plan = QuickstartPlan.of(args.scale)
     selections = {guide: plan.selection(guide) for guide in GUIDES}
-    selections |= {f"{g} x {PAPER_RATE}": plan.selection(g, PAPER_RATE) for g in ("text_literal", "text_gate")}
+    selections |= {f"text_distill x {PAPER_RATE}": plan.selection("text_distill", PAPER_RATE)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"seeds": {}}
     for seed in args.seeds:

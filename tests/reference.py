@@ -6,6 +6,7 @@ Tests compare against these; they share no code with the library.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
 
 import torch
@@ -78,10 +79,44 @@ def kl_divergence(logits: list[Vector], teacher: list[Vector]) -> float:
     return math.fsum(rows) / len(rows)
 
 
-def gate_slope(logits: Vector, place: int, kept: list[int], temperature: float) -> float:
-    """Derivative of the gate of a kept place by its own logit."""
-    s = 1 / (1 + math.exp(-(logits[place] - min(logits[p] for p in kept)) / temperature))
-    return s * (1 - s) / temperature
+def gates(logits: Vector, kept: list[int], threshold: float, temperature: float) -> Vector:
+    """What the straight-through gate takes its gradient from: a sigmoid of log a_cls above a threshold."""
+    logs = [math.log(weight) for weight in softmax(logits)]
+    return [1 / (1 + math.exp(-(logs[place] - threshold) / temperature)) for place in kept]
+
+
+def gate_gradient(logits: Vector, kept: list[int], worth: Vector, temperature: float) -> Vector:
+    """Derivative of sum worth[i] gate[i] over the kept places by every logit, the threshold standing still."""
+    logs = [math.log(weight) for weight in softmax(logits)]
+    threshold = min(logs[place] for place in kept)
+    return slopes(lambda row: dot(worth, gates(row, kept, threshold, temperature)), logits)
+
+
+def slopes(function: Callable[[Vector], float], row: Vector, step: float = 1e-5) -> Vector:
+    """Derivative by every place, as a central difference."""
+    out = []
+    for place, value in enumerate(row):
+        up, down = ([*row[:place], value + change, *row[place + 1 :]] for change in (step, -step))
+        out.append((function(up) - function(down)) / (2 * step))
+    return out
+
+
+def answer_log_likelihood(decoder: nn.Module, states: Tensor, mask: Tensor, answer: list[int]) -> float:
+    """One answer, one token after the other: the decoder is run on each beginning anew, without padding or cache.
+
+    Args:
+        states: (L, D) of the question. mask: (L,).
+    """
+    total = 0.0
+    for place in range(1, len(answer)):
+        logits = decoder(
+            input_ids=torch.tensor([answer[:place]]),
+            encoder_hidden_states=states.unsqueeze(0),
+            encoder_attention_mask=mask.unsqueeze(0),
+            use_cache=False,
+        ).logits[0, -1]
+        total += float(torch.log_softmax(logits, dim=0)[answer[place]])
+    return total
 
 
 # A vision layer of every family written out by hand, with transformers' modules by their role. `attention_output` is

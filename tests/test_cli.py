@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from trips import cli
+from trips import cli, quickstart
 from trips.errors import DataError
 
 
@@ -77,15 +76,17 @@ def test_quickstart_hands_on_its_options(monkeypatch: pytest.MonkeyPatch, capsys
         calls.append((str(out), seed, scale))
         if scale == "full":
             raise ZeroDivisionError("a bug")
-        return {"accuracy": 0.5, "figures": [Path("a.png")]}
+        row = {"guide": "text_gate", "keep_rates": [0.5], "accuracy": {"overall": 0.75}, "relevance_recall": {"2": 0.5}}
+        row |= {"relevance_gain": {"2": 0.25}, "flops_g": 0.5, "throughput": 80.0}
+        return {"rows": [row], "findings": ["holds: so it is"], "seconds": 7.0, "out": Path(out)}
 
-    module = ModuleType("trips.quickstart")
-    module.run_quickstart = run_quickstart  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "trips.quickstart", module)
+    monkeypatch.setattr(quickstart, "run_quickstart", run_quickstart)
     assert cli.main(["quickstart", "--scale=smoke", "--seed=3", "--out=x", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5, "figures": ["a.png"]}
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"][0]["accuracy"], told["out"]) == ({"overall": 0.75}, "x")
     assert cli.main(["quickstart", "--scale", "smoke"]) == 0
-    assert "0.5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("text_gate", "75.0", "+0.25", "- holds: so it is", "runs/quickstart"))
     # An error of the library's own is told apart from a user's mistake.
     assert cli.main(["quickstart"]) == 1
     err = capsys.readouterr().err

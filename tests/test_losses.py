@@ -1,4 +1,4 @@
-"""Losses against closed forms and per-token loops."""
+"""Losses against closed forms and loops over tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import reference
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import seeds, shapes
 
 from trips.errors import ShapeError
-from trips.losses import answer_log_likelihood, answer_loss, guidance_distillation_loss
+from trips.losses import IGNORED, answer_log_likelihood, answer_loss, guidance_distillation_loss
 
 
 @given(shape=shapes(), seed=seeds)
@@ -47,29 +48,45 @@ def test_distillation_refuses_other_patches() -> None:
         guidance_distillation_loss(torch.zeros(2, 4), torch.full((2, 5), 0.2))
 
 
-def test_answer_likelihood_equals_a_loop_over_tokens() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(3, 5, 11)
-    ids = torch.tensor([[2, 7, 3, 0, 0], [2, 8, 9, 10, 3], [2, 3, 0, 0, 0]])
-    mask = (ids != 0).long()
-    expected = []
-    for a in range(3):
-        total = 0.0
-        for t in range(1, 5):
-            if mask[a, t]:
-                total += math.log(reference.softmax(logits[a, t - 1].tolist())[ids[a, t]])
-        expected.append(total)
-    likelihood = answer_log_likelihood(logits, ids, mask)
-    torch.testing.assert_close(likelihood, torch.tensor(expected))
-    weights = torch.tensor([0.5, 0.3, 1.0])
-    loss = -(0.5 * expected[0] + 0.3 * expected[1] + 1.0 * expected[2]) / 2
-    torch.testing.assert_close(answer_loss(likelihood, weights, 2), torch.tensor(loss))
+@given(places=st.integers(0, 12), num_answers=st.integers(1, 4), seed=seeds)
+def test_answer_likelihood_equals_a_loop_over_places(places, num_answers, seed) -> None:
+    """Places in any order, some of them padding, some answers without any."""
+    torch.manual_seed(seed)
+    logits, targets = 2 * torch.randn(places, 7), torch.randint(-2, 7, (places,))
+    targets[targets < 0] = IGNORED
+    answer = torch.randint(num_answers, (places,))
+    expected = [0.0] * num_answers
+    for row, target, a in zip(logits.tolist(), targets.tolist(), answer.tolist(), strict=True):
+        if target != IGNORED:
+            expected[a] += math.log(reference.softmax(row)[target])
+    likelihood = answer_log_likelihood(logits, targets, answer, num_answers)
+    assert likelihood.shape == (num_answers,)
+    torch.testing.assert_close(likelihood, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    weights = torch.rand(num_answers)
+    loss = -sum(w * e for w, e in zip(weights.tolist(), expected, strict=True)) / 3
+    torch.testing.assert_close(answer_loss(likelihood, weights, 3), torch.tensor(loss), rtol=1e-5, atol=1e-5)
+
+
+def test_answer_likelihood_gradient_is_that_of_each_place_alone() -> None:
+    """weight (one-hot - softmax) where a token is predicted, exactly nothing where not."""
+    logits = torch.randn(5, 9, requires_grad=True)
+    targets, answer = torch.tensor([3, IGNORED, 0, 8, IGNORED]), torch.tensor([1, 1, 0, 1, 0])
+    weights = torch.tensor([0.25, 0.75])
+    (weights * answer_log_likelihood(logits, targets, answer, 2)).sum().backward()
+    expected = torch.zeros(5, 9)
+    for place, (target, a) in enumerate(zip(targets.tolist(), answer.tolist(), strict=True)):
+        if target != IGNORED:
+            expected[place] = -weights[a] * torch.tensor(reference.softmax(logits[place].tolist()))
+            expected[place, target] += weights[a]
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-6)
+    assert not logits.grad[[1, 4]].any()
 
 
 def test_answer_likelihood_counts_no_padding_and_stays_in_float32() -> None:
-    logits, ids = torch.randn(2, 4, 9).bfloat16(), torch.tensor([[2, 5, 3, 0], [2, 6, 3, 0]])
-    mask = (ids != 0).long()
-    other = ids.clone()
-    other[:, 3] = 8
-    assert torch.equal(answer_log_likelihood(logits, ids, mask), answer_log_likelihood(logits, other, mask))
-    assert answer_log_likelihood(logits, ids, mask).dtype == torch.float32
+    logits, answer = torch.randn(6, 9).bfloat16(), torch.tensor([0, 0, 0, 1, 1, 1])
+    padded = torch.tensor([5, 3, IGNORED, 6, 3, IGNORED])
+    real = padded != IGNORED
+    likelihood = answer_log_likelihood(logits, padded, answer, 2)
+    assert torch.equal(likelihood, answer_log_likelihood(logits[real], padded[real], answer[real], 2))
+    assert torch.equal(likelihood, answer_log_likelihood(logits.float(), padded, answer, 2))
+    assert likelihood.dtype == torch.float32

@@ -26,6 +26,8 @@ from trips.selection import (
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 dtypes = st.sampled_from(list(TOLERANCE))
 inattentives = st.sampled_from(["fuse", "renormalise", "drop"])
+temperatures = st.floats(0.1, 5.0)
+scales = st.sampled_from([0.0, 1.0, 30.0, 1e4])
 
 
 def rows(tensor: torch.Tensor) -> list:
@@ -98,6 +100,8 @@ def test_select_patches_equals_loops(shape, rate, inattentive, dtype, ties, seed
 
     assert record.layer == 3 and torch.equal(record.candidates, candidates)
     assert record.kept.tolist() == [places[:k] for _, places in expected]
+    assert record.index.tolist() == [reference.best(row, k) for row in logits.tolist()]
+    assert torch.equal(candidates.gather(1, record.index), record.kept)
     assert record.logits is logits and not record.scores.requires_grad
     torch.testing.assert_close(record.scores, torch.softmax(logits, dim=1))
 
@@ -111,6 +115,7 @@ def test_keeping_all_is_the_identity(shape, inattentive, seed) -> None:
         states, torch.randn(batch, n), n, candidates, layer=1, inattentive=inattentive
     )
     assert tokens is states and positions is candidates and torch.equal(record.kept, candidates)
+    assert record.index.tolist() == [list(range(n))] * batch
 
 
 @given(shape=shapes(), renormalise=st.booleans(), seed=seeds)
@@ -139,43 +144,68 @@ def test_weights_of_the_fused_token_are_those_over_all_candidates() -> None:
     torch.testing.assert_close(tokens[0, -1], torch.ones(2))
 
 
-@given(shape=shapes(), rate=keep_rates, temperature=st.floats(0.1, 5.0), dtype=dtypes, seed=seeds)
-def test_gate_leaves_values_bitwise_alone(shape, rate, temperature, dtype, seed) -> None:
+@given(shape=shapes(), rate=keep_rates, temperature=temperatures, dtype=dtypes, scale=scales, seed=seeds)
+def test_gate_leaves_values_bitwise_alone(shape, rate, temperature, dtype, scale, seed) -> None:
+    """Also where the softmax and the sigmoid have run into their ends."""
     batch, n, _, width = shape
     torch.manual_seed(seed)
-    states, logits = torch.randn(batch, n + 1, width).to(dtype), 5 * torch.randn(batch, n)
-    args = (states, logits, num_kept(n, rate), torch.arange(n).expand(batch, -1))
-    literal = select_patches(*args, layer=1)[0]
-    gated = select_patches(*args, layer=1, learning="gate", gate_temperature=temperature)[0]
-    assert torch.equal(literal, gated)
-    assert torch.equal(straight_through_gate(logits, temperature), torch.ones(batch, n))
+    logits, k = scale * torch.randn(batch, n), num_kept(n, rate)
+    gate = straight_through_gate(logits, top_patches(logits, k), temperature)
+    assert torch.equal(gate, torch.ones(batch, k))
+    tokens = torch.randn(batch, k, width).to(dtype)
+    assert torch.equal(tokens * gate.unsqueeze(-1).to(dtype), tokens)
 
 
-def test_gate_sends_gradient_to_kept_scores_and_to_no_others() -> None:
-    states, logits = torch.randn(1, 7, 4), torch.randn(1, 6, requires_grad=True)
-    direction = torch.randn(4)
+@given(shape=shapes(), rate=keep_rates, temperature=temperatures, ties=st.booleans(), seed=seeds)
+def test_gate_gradient_equals_differences_of_the_loop_version(shape, rate, temperature, ties, seed) -> None:
+    batch, n, _, _ = shape
+    torch.manual_seed(seed)
+    logits, worth = 2 * torch.randn(batch, n), torch.randn(batch, num_kept(n, rate))
+    if ties:
+        logits = logits.round()
+    index = top_patches(logits, worth.shape[1])
+    logits.requires_grad_()
+    (worth * straight_through_gate(logits, index, temperature)).sum().backward()
+    expected = [
+        reference.gate_gradient(row, kept, w, temperature)
+        for row, kept, w in zip(rows(logits.detach()), index.tolist(), rows(worth), strict=True)
+    ]
+    tolerance = 1e-5 / temperature
+    torch.testing.assert_close(logits.grad, torch.tensor(expected), rtol=1e-4, atol=tolerance)
+    # Raising all logits alike changes no a_cls: whatever the kept tokens are worth, the gradient has no such part.
+    torch.testing.assert_close(logits.grad.sum(dim=1), torch.zeros(batch), rtol=0, atol=n * tolerance)
+
+
+def test_gate_raises_what_is_worth_keeping_and_lowers_all_others() -> None:
+    logits = torch.randn(1, 6, requires_grad=True)
     kept = reference.best(logits[0].tolist(), 3)
-    for learning in ("literal", "gate"):
-        logits.grad = None
-        tokens, _, _ = select_patches(
-            states,
-            logits,
-            3,
-            torch.arange(6).unsqueeze(0),
-            layer=1,
-            inattentive="drop",
-            learning=learning,
-            gate_temperature=0.5,
-        )
-        if learning == "literal":  # dropping leaves nothing that could carry gradient
-            assert not tokens.requires_grad
-            continue
-        (tokens[0, 1:] @ direction).sum().backward()
-        expected = [0.0] * 6
-        for place in kept:
-            slope = reference.gate_slope(logits[0].tolist(), place, kept, 0.5)
-            expected[place] = slope * float(states[0, 1 + place] @ direction)
-        torch.testing.assert_close(logits.grad[0], torch.tensor(expected))
+    straight_through_gate(logits, torch.tensor([kept]), 0.5)[0, 1].backward()
+    assert [place for place in range(6) if logits.grad[0, place] > 0] == [kept[1]]
+    assert bool((logits.grad != 0).all())
+
+
+@given(shape=shapes(), rate=keep_rates, seed=seeds)
+def test_gate_does_not_see_what_all_patches_share(shape, rate, seed) -> None:
+    """The query learns what tells patches apart: moving all of them alike leaves its gradient as it was."""
+    batch, n, heads, width = shape
+    torch.manual_seed(seed)
+    query, patches, shift = torch.randn(batch, width), torch.randn(batch, n, width), 3 * torch.randn(batch, 1, width)
+    k, gradients = num_kept(n, rate), []
+    index = top_patches(relevance_logits(query, patches, heads), k)
+    for seen in (patches, patches + shift):
+        query.requires_grad_().grad = None
+        gate = straight_through_gate(relevance_logits(query, seen, heads), index)
+        (gate * torch.linspace(-1, 2, k)).sum().backward()
+        gradients.append(query.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+def test_literal_selection_leaves_kept_tokens_without_gradient_to_the_scores() -> None:
+    logits = torch.randn(1, 6, requires_grad=True)
+    args = (torch.randn(1, 7, 4), logits, 3, torch.arange(6).unsqueeze(0))
+    assert not select_patches(*args, layer=1, inattentive="drop")[0].requires_grad
+    (gradient,) = torch.autograd.grad(select_patches(*args, layer=1)[0][:, :4].sum(), logits, allow_unused=True)
+    assert gradient is None or not gradient.any()
 
 
 def test_literal_gradient_is_that_of_the_fused_token() -> None:
@@ -191,13 +221,7 @@ def test_literal_gradient_is_that_of_the_fused_token() -> None:
         out, _ = reference.select(states[0].tolist(), row, 2, list(range(5)), "fuse")
         return sum(reference.dot(token, direction.tolist()) for token in out)
 
-    base, step = logits[0].tolist(), 1e-6
-    numeric = []
-    for place in range(5):
-        up, down = list(base), list(base)
-        up[place] += step
-        down[place] -= step
-        numeric.append((value(up) - value(down)) / (2 * step))
+    numeric = reference.slopes(value, logits[0].tolist())
     torch.testing.assert_close(logits.grad[0], torch.tensor(numeric, dtype=torch.float64), rtol=1e-5, atol=1e-7)
     assert float(logits.grad.abs().min()) > 0  # kept scores get gradient too, through the softmax over all
 

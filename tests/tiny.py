@@ -7,9 +7,15 @@ from torch import Tensor, nn
 from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig, ViTConfig
 
 from trips.config import SelectionConfig, TripsConfig
+from trips.tasks.vqa import TripsForQuestionAnswering
+from trips.vision import VisionEncoder
 
 FAMILIES = ("clip", "vit", "dinov2")
 BOS, EOS, VOCABULARY = 2, 3, 40
+
+# [CLS] pieces [SEP] padding; the first two share their first token, the last two differ in length only at the end
+ANSWERS = torch.tensor([[BOS, 7, EOS, 0, 0], [BOS, 7, 8, EOS, 0], [BOS, 9, 10, 11, EOS], [BOS, 9, 10, EOS, 0]])
+ANSWER_MASK = (ANSWERS != 0).long()
 
 
 def tiny_vision_config(family: str = "clip", width: int = 32, num_layers: int = 4) -> PreTrainedConfig:
@@ -71,6 +77,20 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             value = 1 + 0.3 * noise
         parameter.data.copy_(value)
     return module.eval()
+
+
+def tiny_encoder(family: str, selection: SelectionConfig, **kwargs: int) -> VisionEncoder:
+    """ViT-TRIPS with random weights; `kwargs` as in `tiny_vision_config`."""
+    encoder = VisionEncoder(tiny_vision_config(family, **kwargs), selection).eval()
+    randomise(encoder.tower)
+    return encoder
+
+
+def tiny_vqa_model(**kwargs: object) -> TripsForQuestionAnswering:
+    """With random weights; `kwargs` as in `tiny_config`."""
+    model = randomise(TripsForQuestionAnswering(tiny_config(**kwargs)))
+    model.decoder.get_output_embeddings().weight.data.mul_(0.5)  # tied: keeps likelihoods away from 0 and 1
+    return model
 
 
 def images(count: int = 2, height: int = 32, width: int = 32, seed: int = 1) -> Tensor:

@@ -44,6 +44,8 @@ class SelectionConfig:
             attention in occasional full-patch steps. The last two go beyond the paper.
         gate_temperature: divides the score inside the gate's sigmoid.
         distill_weight: weight of the distillation loss beside the task's.
+        distill_temperature: below 1 it sharpens the teacher, attention ** (1 / temperature): an attention spread over
+            layers, heads and words says clearly which patches matter most, but puts little weight on them.
         width_map: text width unlike vision width: "equal" is an error, "orthogonal" a fixed seeded
             semi-orthogonal map, a buffer without parameters.
 
@@ -61,6 +63,7 @@ class SelectionConfig:
     learning: Learning = "literal"
     gate_temperature: float = 1.0
     distill_weight: float = 1.0
+    distill_temperature: float = 1.0
     width_map: WidthMap = "equal"
 
     def __post_init__(self) -> None:
@@ -76,7 +79,7 @@ class SelectionConfig:
                 )
         self._check_layers()
         self._check_rates()
-        for name in ("gate_temperature", "distill_weight"):
+        for name in ("gate_temperature", "distill_weight", "distill_temperature"):
             value = getattr(self, name)
             if not _is_number(value) or not value > 0:
                 raise ConfigError("must be positive", item=f"selection.{name}", found=value)

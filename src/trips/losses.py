@@ -1,6 +1,6 @@
 """Losses as functions of tensors; no module is known here.
 
-Dimensions: B rows, n candidates of a selection, A answers, T answer tokens, V vocabulary.
+Dimensions: B rows, n candidates of a selection, A answers, M predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trips.errors import ShapeError
+
+IGNORED = -100  # as target: the place counts nothing
 
 
 def guidance_distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -33,18 +35,19 @@ def guidance_distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(torch.log_softmax(logits.float(), dim=-1), teacher.detach(), reduction="batchmean")
 
 
-def answer_log_likelihood(logits: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+def answer_log_likelihood(logits: Tensor, targets: Tensor, answer: Tensor, num_answers: int) -> Tensor:
     """log P(answer | question, image): the sum over its tokens behind [CLS], end token included.
 
     Args:
-        logits: (A, T, V) of the decoder fed with the answer; place t predicts token t + 1.
-        answer_ids: (A, T) [CLS] pieces [SEP] padding.
-        answer_mask: (A, T), 0 for padding.
+        logits: (M, V) of the decoder at the M places that predict a token.
+        targets: (M,) the tokens that follow, IGNORED for padding.
+        answer: (M,) which answer each place belongs to.
+        num_answers: A.
     Returns:
         (A,) float32, at most 0.
     """
-    token_loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), answer_ids[:, 1:], reduction="none")
-    return -(token_loss * answer_mask[:, 1:]).sum(dim=1)
+    token_loss = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
+    return -token_loss.new_zeros(num_answers).index_add(0, answer, token_loss)
 
 
 def answer_loss(log_likelihood: Tensor, weights: Tensor, num_questions: int) -> Tensor:

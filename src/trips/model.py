@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, BertModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, BertModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
 from trips.fusion import FusionEncoder, bidirectional_mask
+from trips.processor import TripsProcessor
 from trips.selection import Selection
 from trips.vision import VisionEncoder, VisionPrefix
 
@@ -161,3 +162,4 @@ class TripsModel(TripsPreTrainedModel):
 
 AutoConfig.register(TripsConfig.model_type, TripsConfig, exist_ok=True)
 AutoModel.register(TripsConfig, TripsModel, exist_ok=True)
+AutoProcessor.register(TripsConfig, TripsProcessor, exist_ok=True)

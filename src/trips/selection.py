@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trips.config import Inattentive, Learning
+from trips.config import Inattentive
 from trips.errors import ShapeError
 
 FUSED = -1  # stands for "a fused token" where a patch position is expected
@@ -28,13 +28,15 @@ class Selection:
         scores: (B, n) a_cls over the candidates, float32, detached.
         logits: (B, n) float32; their softmax is a_cls; carries gradient.
         candidates: (B, n) position of every candidate in the original patch grid (row-major), -1 for a fused token.
-        kept: (B, k) positions of what was kept, in image order, -1 for a fused token of an earlier location.
+        index: (B, k) which candidates were kept, in image order.
+        kept: (B, k) their positions in the patch grid, -1 for a fused token of an earlier location.
     """
 
     layer: int
     scores: Tensor
     logits: Tensor
     candidates: Tensor
+    index: Tensor
     kept: Tensor
 
 
@@ -122,19 +124,21 @@ def fuse_inattentive(patches: Tensor, a_cls: Tensor, kept: Tensor, renormalise: 
     return torch.bmm(weights.unsqueeze(1).to(patches.dtype), patches)
 
 
-def straight_through_gate(kept_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def straight_through_gate(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
     """Factor of value exactly 1 on each kept token that lets gradient reach its score (beyond the paper).
 
-    1 + g - stopgrad(g) with g = sigmoid((score - stopgrad(smallest kept score)) / temperature).
+    1 + g - stopgrad(g) with g = sigmoid((score - stopgrad(smallest kept score)) / temperature), the score being
+    log a_cls: its gradient has no part along the mean of the patches, which would change all scores alike and drown
+    what tells patches apart.
 
     Args:
-        kept_logits: (B, k) logits of the kept candidates.
+        logits: (B, n) of the candidates. index: (B, k) the kept ones.
         temperature: width of the sigmoid.
     Returns:
         (B, k) ones, with gradient.
     """
-    threshold = kept_logits.detach().amin(dim=-1, keepdim=True)
-    gate = torch.sigmoid((kept_logits - threshold) / temperature)
+    kept = torch.log_softmax(logits, dim=-1).gather(1, index)
+    gate = torch.sigmoid((kept - kept.detach().amin(dim=-1, keepdim=True)) / temperature)
     return 1.0 + (gate - gate.detach())
 
 
@@ -146,8 +150,6 @@ def select_patches(
     *,
     layer: int,
     inattentive: Inattentive = "fuse",
-    learning: Learning = "literal",
-    gate_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Selection]:
     """One selection: keep the k best patches, fuse the rest (section 3.2, steps 4 to 6).
 
@@ -158,8 +160,6 @@ def select_patches(
         candidates: (B, n) original grid position of every candidate, -1 for a fused token.
         layer: 1-based layer number, for the record.
         inattentive: what becomes of the n - k others.
-        learning: "gate" adds the straight-through gate to the kept tokens.
-        gate_temperature: of the gate.
     Returns:
         tokens [v_cls, v_1 .. v_k, v_f] of shape (B, k + 2, D), or (B, k + 1, D) when dropped or k = n; their
         positions without [CLS]; the record.
@@ -176,15 +176,13 @@ def select_patches(
         )
     a_cls = torch.softmax(logits, dim=-1)
     if num_kept == n:
-        return states, candidates, Selection(layer, a_cls.detach(), logits, candidates, candidates)
+        everything = torch.arange(n, device=states.device).expand(states.shape[0], -1)
+        return states, candidates, Selection(layer, a_cls.detach(), logits, candidates, everything, candidates)
     kept = top_patches(logits.detach(), num_kept)  # (B, k)
     positions = candidates.gather(1, kept)
     cls, patches = states[:, :1], states[:, 1:]
     kept_patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))  # (B, k, D)
-    if learning == "gate":
-        gate = straight_through_gate(logits.gather(1, kept), gate_temperature)
-        kept_patches = kept_patches * gate.unsqueeze(-1).to(kept_patches.dtype)
-    record = Selection(layer, a_cls.detach(), logits, candidates, positions)
+    record = Selection(layer, a_cls.detach(), logits, candidates, kept, positions)
     if inattentive == "drop":
         return torch.cat([cls, kept_patches], dim=1), positions, record
     fused = fuse_inattentive(patches, a_cls, kept, renormalise=inattentive == "renormalise")

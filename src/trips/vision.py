@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from trips.config import SelectionConfig, check_locations, num_kept
 from trips.errors import ConfigError, ShapeError
-from trips.selection import Selection, relevance_logits, select_patches
+from trips.selection import Selection, relevance_logits, select_patches, straight_through_gate
 from trips.towers import TowerReader, build_tower
 
 
@@ -170,6 +170,7 @@ class VisionEncoder(nn.Module):
         rates = dict(zip(selection.layers, selection.rates, strict=True)) if selection.active else {}
         positions = torch.arange(states.shape[1] - 1, device=states.device).expand(states.shape[0], -1)
         history, records = list(prefix.hidden_states), []
+        gates: Tensor | None = None
         for index in range(len(reader.layers) if prefix.layer is None else prefix.layer - 1, len(reader.layers)):
             layer = index + 1
             if output_hidden_states and layer != prefix.layer:
@@ -189,14 +190,30 @@ class VisionEncoder(nn.Module):
                     positions,
                     layer=layer,
                     inattentive=selection.inattentive,
-                    learning=selection.learning,
-                    gate_temperature=selection.gate_temperature,
                 )
                 records.append(record)
+                if selection.learning == "gate" and k < n:
+                    gates = self._follow(gates, record, positions.shape[1], selection.gate_temperature)
             states = reader.feed_forward(index, states)
         if output_hidden_states:
             history.append(states)
-        return VisionOutput(reader.final_norm(states), tuple(records), positions, prefix.grid, tuple(history))
+        states = reader.final_norm(states)
+        if gates is not None:
+            states = states * torch.cat([torch.ones_like(gates[:, :1]), gates], dim=1).unsqueeze(-1).to(states.dtype)
+        return VisionOutput(states, tuple(records), positions, prefix.grid, tuple(history))
+
+    @staticmethod
+    def _follow(gates: Tensor | None, record: Selection, num_tokens: int, temperature: float) -> Tensor:
+        """(B, n') the straight-through gate of every token behind a location, times those of earlier locations.
+
+        The gate follows its token to the end of the tower and acts there: inside, the next norm would take a change
+        of scale back, and with it the gradient.
+        """
+        gate = straight_through_gate(record.logits, record.index, temperature)
+        if gates is not None:
+            gate = gate * gates.gather(1, record.index)
+        fused = gate.new_ones(gate.shape[0], num_tokens - gate.shape[1])
+        return torch.cat([gate, fused], dim=1)
 
     def forward(
         self,

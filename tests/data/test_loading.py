@@ -22,6 +22,7 @@ from trips.data.loading import AnswerList, VqaCollator, VqaDataset
 from trips.data.records import BadSamples, Question, VqaRecord, normalise_answer, read_vqa_shards
 from trips.errors import ConfigError, DataError
 from trips.processor import TripsProcessor
+from trips.tasks.vqa import predicted_tokens
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] , what is this how many red dark blue bus one two three".split()
 
@@ -58,6 +59,15 @@ def words(row: torch.Tensor) -> str:
     return " ".join(WORDS[i] for i in row if i)
 
 
+def check_answer_tokens(batch: dict) -> None:
+    """Exactly the places in front of a token of an answer, which is what the model would find in the mask."""
+    width, expected = batch["answer_ids"].shape[1] - 1, []
+    for a, row in enumerate(batch["answer_ids"].tolist()):
+        expected += [a * width + place for place in range(width) if row[place + 1]]
+    assert batch["answer_tokens"].tolist() == expected
+    assert torch.equal(batch["answer_tokens"], predicted_tokens(batch["answer_mask"]))
+
+
 def test_a_batch_by_hand() -> None:
     batch = collate(
         [
@@ -67,7 +77,7 @@ def test_a_batch_by_hand() -> None:
     )
     assert set(batch) == {
         *("pixel_values", "image_index", "input_ids", "attention_mask", "answer_ids", "answer_mask", "answer_index"),
-        *("answer_weights", "question_ids", "sources", "skipped"),
+        *("answer_tokens", "answer_weights", "question_ids", "sources", "skipped"),
     }
     assert batch["pixel_values"].shape == (2, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
     assert batch["image_index"].tolist() == [0, 0, 1] and batch["answer_index"].tolist() == [0, 0, 1, 2, 2]
@@ -77,9 +87,11 @@ def test_a_batch_by_hand() -> None:
         *("[CLS] dark red , red [SEP]", "[CLS] blue [SEP]"),  # two spellings of one set, joined
     ]
     torch.testing.assert_close(batch["answer_weights"], torch.tensor([0.6, 0.4, 1.0, 0.75, 0.25]))
+    # five places a row can predict: "red" and [SEP], "dark" "red" [SEP], "two" [SEP] and so on
+    assert batch["answer_tokens"].tolist() == [0, 1, 5, 6, 7, 10, 11, 15, 16, 17, 18, 19, 20, 21]
     for ids, mask in (("input_ids", "attention_mask"), ("answer_ids", "answer_mask")):
         assert torch.equal(batch[mask], (batch[ids] != 0).long()) and batch[ids].dtype == torch.long
-    assert batch["image_index"].dtype == batch["answer_index"].dtype == torch.long
+    assert batch["image_index"].dtype == batch["answer_index"].dtype == batch["answer_tokens"].dtype == torch.long
     assert batch["answer_weights"].dtype == torch.float32
     assert batch["question_ids"] == ["a0", "a1", "b0"] and batch["sources"] == ["s.tar:a", "s.tar:bb"]
     assert batch["skipped"] == []
@@ -125,12 +137,15 @@ def test_indices_tie_every_answer_to_its_question_and_image(plan: list[list[list
     assert triples == {(s, q, a) for s, q, a in expected}
     sums = torch.zeros(len(batch["question_ids"])).index_add(0, batch["answer_index"], batch["answer_weights"])
     torch.testing.assert_close(sums, torch.ones_like(sums))
+    check_answer_tokens(batch)
 
 
 def test_pad_to_multiple_of() -> None:
     dataset = VqaDataset([record("a", ask("q", "what " * 9))], make_processor())
     batch = VqaCollator(dataset.processor, pad_to_multiple_of=8)([dataset[0]])
     assert batch["input_ids"].shape == (1, 16) and batch["answer_ids"].shape == (1, 8)
+    assert batch["answer_tokens"].tolist() == [0, 1]
+    check_answer_tokens(batch)
 
 
 # Bad samples

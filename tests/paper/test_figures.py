@@ -34,7 +34,10 @@ def test_faded_refuses_another_grid():
 def test_figure_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     image = np.full((16, 16, 3), 90, np.uint8)
-    record = Selection(2, torch.rand(1, 4), torch.rand(1, 4), torch.arange(4)[None], torch.tensor([[1, -1]]))
+    candidates = torch.tensor([[0, 1, 3, -1]])
+    record = Selection(
+        2, torch.rand(1, 4), torch.rand(1, 4), candidates, torch.tensor([[1, 3]]), torch.tensor([[1, -1]])
+    )
     row = selection_row("what colour is the star ?", image, [record], 0, 4)
     assert row.layers == (2,) and row.kept[0].tolist() == [False, True, False, False]
     path = draw_selection([row, row], (2, 2), tmp_path / "new" / "kept.png", "title")

@@ -34,7 +34,7 @@ def test_results_have_the_promised_form(smoke):
     for row in results["rows"]:
         assert {"keep_rates", "accuracy", "relevance_recall", "relevance_gain", "flops_g", "throughput"} <= row.keys()
         assert row["accuracy"].keys() <= {"overall", *QUESTION_TYPES}
-        assert row["relevance_recall"].keys() == row["relevance_gain"].keys() == {"2", "4"}
+        assert row["relevance_recall"].keys() == row["relevance_gain"].keys() == {"3", "5"}
         assert row["throughput"] > 0
     assert (out / "kept_patches.png").stat().st_size > 10_000
 
@@ -50,7 +50,8 @@ def test_findings_say_where_a_claim_does_not_hold():
         return {
             "guide": guide,
             "accuracy": {"overall": accuracy},
-            "relevance_gain": {"4": 0.0},
+            "relevance_gain": {"5": 0.0},
+            "relevance_gain_by_type": {"object": 0.0},
             "flops_g": 1.0,
             "throughput": speed,
         }
@@ -77,7 +78,7 @@ def test_partner_has_the_same_type_and_another_image():
         assert types[row] == types[other] and images[row] != images[other]
 
 
-@pytest.mark.parametrize("guide", ["text_literal", "image_cls", "none"])
+@pytest.mark.parametrize("guide", ["text_literal", "text_gate", "image_cls", "none"])
 def test_evaluation_equals_one_question_at_a_time(guide):
     corpus = SceneCorpus(seed=2)
     batcher, plan = SceneBatcher(corpus, scene_processor(corpus)), QuickstartPlan()
@@ -100,9 +101,9 @@ def test_evaluation_equals_one_question_at_a_time(guide):
             relevant = batcher.relevant([question])[0]
             recalls.append((kept & relevant).sum().item() / relevant.sum().item())
     assert measured["accuracy"]["overall"] == pytest.approx(np.mean(correct))
-    assert measured["relevance_recall"]["4"] == pytest.approx(np.mean(recalls) if recalls else 1.0, abs=1e-6)
-    if guide != "text_literal":  # who does not read keeps the same under another text
-        assert measured["relevance_gain"]["4"] == 0.0
+    assert measured["relevance_recall"]["5"] == pytest.approx(np.mean(recalls) if recalls else 1.0, abs=1e-6)
+    if not guide.startswith("text"):  # who does not read keeps the same under another text
+        assert measured["relevance_gain"]["5"] == 0.0
 
 
 def test_patch_labels_name_the_band_at_the_centre():

@@ -1,70 +1,119 @@
-"""Visual question answering: the loss against a loop, ranking against brute force, generation against a plain loop."""
+"""Visual question answering: the loss against a loop, learning, saving, what is computed and what is refused."""
 
 from __future__ import annotations
 
 import pytest
 import reference
 import torch
-from tiny import BOS, EOS, VOCABULARY, images, randomise, texts, tiny_bert_config, tiny_config
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import text_masks
+from tiny import (
+    ANSWER_MASK,
+    ANSWERS,
+    BOS,
+    VOCABULARY,
+    images,
+    texts,
+    tiny_bert_config,
+    tiny_config,
+    tiny_vqa_model,
+)
+from torch import nn
 
 from trips.config import TripsConfig
 from trips.errors import ConfigError, ShapeError
-from trips.tasks.vqa import TripsForQuestionAnswering
-
-# [CLS] pieces [SEP] padding; the first two share their first token, the last two differ in length only at the end
-ANSWERS = torch.tensor([[BOS, 7, EOS, 0, 0], [BOS, 7, 8, EOS, 0], [BOS, 9, 10, 11, EOS], [BOS, 9, 10, EOS, 0]])
-MASK = (ANSWERS != 0).long()
-
-
-def model_of(**kwargs) -> TripsForQuestionAnswering:
-    model = randomise(TripsForQuestionAnswering(tiny_config(**kwargs)))
-    model.decoder.get_output_embeddings().weight.data.mul_(0.5)  # tied: keeps likelihoods away from 0 and 1
-    return model
+from trips.tasks.vqa import TripsForQuestionAnswering, predicted_tokens
 
 
 @pytest.fixture(scope="module")
 def model() -> TripsForQuestionAnswering:
-    return model_of()
-
-
-def log_likelihood(model: TripsForQuestionAnswering, states: Tensor, mask: Tensor, answer: list[int]) -> float:
-    """One answer, one token after the other: the decoder is run on each beginning anew, without padding or cache."""
-    total = 0.0
-    for place in range(1, len(answer)):
-        logits = model.decoder(
-            input_ids=torch.tensor([answer[:place]]),
-            encoder_hidden_states=states.unsqueeze(0),
-            encoder_attention_mask=mask.unsqueeze(0),
-            use_cache=False,
-        ).logits[0, -1]
-        total += float(torch.log_softmax(logits, dim=0)[answer[place]])
-    return total
-
-
-def tokens_of(row: Tensor) -> list[int]:
-    return [token for token in row.tolist() if token]
+    return tiny_vqa_model()
 
 
 @torch.no_grad()
 def test_loss_is_the_weighted_sum_over_answers(model) -> None:
     ids, mask = texts(2)
     index, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([0.6, 0.3, 0.7, 0.4])
-    out = model(images(), ids, mask, ANSWERS, MASK, index, weights)
     plain = model.trips(ids, mask, images()).last_hidden_state
-    assert torch.equal(out.question_states, plain)
     expected = 0.0
     for answer, question, weight in zip(ANSWERS, index.tolist(), weights.tolist(), strict=True):
-        expected -= weight * log_likelihood(model, plain[question], mask[question], tokens_of(answer))
-    assert float(out.loss) == pytest.approx(expected / 2, rel=1e-4)
-    assert torch.equal(out.loss, out.loss_answer) and out.loss_distill is None
+        expected -= weight * reference.answer_log_likelihood(
+            model.decoder, plain[question], mask[question], answer[answer != 0].tolist()
+        )
+    for tokens in (None, predicted_tokens(ANSWER_MASK)):
+        out = model(images(), ids, mask, ANSWERS, ANSWER_MASK, index, weights, answer_tokens=tokens)
+        assert torch.equal(out.question_states, plain)
+        assert float(out.loss) == pytest.approx(expected / 2, rel=1e-4)
+        assert torch.equal(out.loss, out.loss_answer) and out.loss_distill is None
+
+
+def test_answer_tokens_change_no_loss_and_no_gradient() -> None:
+    """With and without, for the whole model; the padding of a longer batch leaves no trace either."""
+    ids, mask = texts(2)
+    index, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([0.6, 0.3, 0.7, 0.4])
+    wide, wide_mask = (nn.functional.pad(tensor, (0, 3)) for tensor in (ANSWERS, ANSWER_MASK))
+    found = []
+    for answers, answer_mask, tokens in (
+        (ANSWERS, ANSWER_MASK, None),
+        (ANSWERS, ANSWER_MASK, predicted_tokens(ANSWER_MASK)),
+        (wide, wide_mask, predicted_tokens(wide_mask)),
+        (wide, None, predicted_tokens(wide_mask)),
+    ):
+        model = tiny_vqa_model(learning="gate")
+        loss = model(images(), ids, mask, answers, answer_mask, index, weights, answer_tokens=tokens).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=1e-6)
+        assert gradients.keys() == found[0][1].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@given(data=st.data(), batch=st.integers(1, 4), length=st.integers(1, 6))
+def test_predicted_tokens_equal_a_loop(data, batch, length) -> None:
+    mask = data.draw(text_masks(batch, length))
+    expected = [a * (length - 1) + t for a in range(batch) for t in range(length - 1) if mask[a, t + 1]]
+    assert predicted_tokens(mask).tolist() == expected and predicted_tokens(mask).dtype == torch.long
+
+
+@torch.no_grad()
+def test_only_predicted_places_are_projected_on_the_vocabulary(model) -> None:
+    ids, mask = texts(2)
+    index, seen = torch.tensor([0, 1, 1, 0]), []
+    hook = model.decoder.cls.register_forward_pre_hook(lambda m, args: seen.append(args[0][..., 0].numel()))
+    try:
+        states = model(
+            images(), ids, mask, ANSWERS, ANSWER_MASK, index, answer_tokens=predicted_tokens(ANSWER_MASK)
+        ).question_states
+        model(images(), ids, mask, ANSWERS, ANSWER_MASK, index)
+        model.rank_answers(states, mask, ANSWERS, ANSWER_MASK)
+    finally:
+        hook.remove()
+    # 2 + 3 + 4 + 3 tokens follow one; four places a row without knowing; one first token a question, then all answers
+    assert seen == [12, 16, 2, 24]
+
+
+def test_gate_changes_no_loss_but_what_the_words_learn() -> None:
+    losses, gradients = [], []
+    for learning in ("literal", "gate"):
+        model = tiny_vqa_model(learning=learning, inattentive="drop")
+        out = model(images(), *texts(2), ANSWERS[:2], ANSWER_MASK[:2])
+        out.loss.backward()
+        losses.append(out.loss.detach())
+        queries = {layer: model.trips.vision.tower.encoder.layers[layer].self_attn.q_proj for layer in (1, 2)}
+        gradients.append([query.weight.grad for query in queries.values()])
+    assert torch.equal(*losses)
+    for literal, gated in zip(*gradients, strict=True):  # at both locations
+        assert float((literal - gated).abs().max()) > 1e-6
 
 
 @torch.no_grad()
 def test_one_answer_per_question_needs_no_index(model) -> None:
     ids, mask = texts(2)
-    short = model(images(), ids, mask, ANSWERS[:2], MASK[:2])
-    full = model(images(), ids, mask, ANSWERS[:2], MASK[:2], torch.arange(2), torch.ones(2))
+    short = model(images(), ids, mask, ANSWERS[:2], ANSWER_MASK[:2])
+    full = model(images(), ids, mask, ANSWERS[:2], ANSWER_MASK[:2], torch.arange(2), torch.ones(2))
     assert torch.equal(short.loss, full.loss)
     assert model(images(), ids, mask).loss is None
 
@@ -75,8 +124,8 @@ def test_padding_of_answer_and_question_never_counts(model) -> None:
     noise = torch.randint(4, VOCABULARY, ANSWERS.shape)
     other_ids = torch.where(mask.bool(), ids, torch.full_like(ids, 5))
     index = torch.tensor([0, 1, 1, 0])
-    before = model(images(), ids, mask, ANSWERS, MASK, index).loss
-    after = model(images(), other_ids, mask, torch.where(MASK.bool(), ANSWERS, noise), MASK, index).loss
+    before = model(images(), ids, mask, ANSWERS, ANSWER_MASK, index).loss
+    after = model(images(), other_ids, mask, torch.where(ANSWER_MASK.bool(), ANSWERS, noise), ANSWER_MASK, index).loss
     assert torch.equal(before, after)
 
 
@@ -91,101 +140,15 @@ def test_decoder_is_causal(model) -> None:
     assert torch.equal(first[:, :2], second[:, :2]) and not torch.equal(first[:, 2], second[:, 2])
 
 
-@torch.no_grad()
-def test_ranking_all_equals_brute_force(model) -> None:
-    ids, mask = texts(3)
-    states = model(images(3), ids, mask).question_states
-    numbers, scores = model.rank_answers(states, mask, ANSWERS, MASK, top_k=128)
-    for row in range(3):
-        every = [log_likelihood(model, states[row], mask[row], tokens_of(answer)) for answer in ANSWERS]
-        assert numbers[row].tolist() == sorted(range(4), key=lambda a: -every[a])
-        assert scores[row].tolist() == pytest.approx(sorted(every, reverse=True), rel=1e-4)
-
-
-@torch.no_grad()
-def test_ranking_a_shortlist_takes_the_best_first_tokens_ties_in_order(model) -> None:
-    ids, mask = texts(3)
-    states = model(images(3), ids, mask).question_states
-    for k in (1, 2, 3):
-        numbers, scores = model.rank_answers(states, mask, ANSWERS, MASK, top_k=k)
-        assert numbers.shape == scores.shape == (3, k)
-        for row in range(3):
-            first = [log_likelihood(model, states[row], mask[row], [BOS, int(answer[1])]) for answer in ANSWERS]
-            first = [round(score, 4) for score in first]  # equal first tokens are a tie
-            assert sorted(numbers[row].tolist()) == reference.best(first, k)
-
-
-def greedy(model: TripsForQuestionAnswering, states: Tensor, mask: Tensor, steps: int) -> list[int]:
-    answer = [BOS]
-    while len(answer) <= steps and answer[-1] != EOS or len(answer) == 1:
-        logits = model.decoder(
-            input_ids=torch.tensor([answer]),
-            encoder_hidden_states=states.unsqueeze(0),
-            encoder_attention_mask=mask.unsqueeze(0),
-            use_cache=False,
-        ).logits[0, -1]
-        answer.append(int(logits.argmax()))
-    return answer
-
-
-@torch.no_grad()
-def test_generation_equals_a_greedy_loop_without_cache(model) -> None:
-    ids, mask = texts(4)
-    written = model.generate(images(4), ids, mask, max_new_tokens=6)
-    states = model(images(4), ids, mask).question_states
-    expected = [greedy(model, states[row], mask[row], 6) for row in range(4)]
-    assert [tokens_of(row) for row in written] == [[t for t in answer if t] for answer in expected]
-    assert len({tuple(answer) for answer in expected}) > 1  # different questions, different answers
-    longer = model.generate(images(4), ids, mask, max_new_tokens=2)
-    assert longer.shape[1] <= 3
-
-
-@torch.no_grad()
-def test_beams_search_each_row_on_its_own(model) -> None:
-    """With as many beams as words, two steps of search see every answer: the best must be found."""
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_distillation_step_adds_its_weighted_loss(temperature) -> None:
+    model = tiny_vqa_model(distill_weight=2.0, distill_temperature=temperature)
     ids, mask = texts(2)
-    states = model(images(2), ids, mask).question_states
-    alone = [model.generate(images(2)[r : r + 1], ids[r : r + 1], mask[r : r + 1], num_beams=3) for r in range(2)]
-    both = model.generate(images(2), ids, mask, num_beams=3)
-    for row in range(2):
-        assert tokens_of(both[row]) == tokens_of(alone[row][0])
-    wide = model.generate(images(2), ids, mask, num_beams=VOCABULARY, max_new_tokens=2, length_penalty=0.0)
-    for row in range(2):
-        candidates = [[BOS, EOS]]
-        candidates += [[BOS, a, b] for a in range(VOCABULARY) if a != EOS for b in range(VOCABULARY)]
-        batch = torch.tensor([answer + [0] * (3 - len(answer)) for answer in candidates])
-        logits = model.decoder(
-            input_ids=batch,
-            encoder_hidden_states=states[row].expand(len(batch), -1, -1),
-            encoder_attention_mask=mask[row].expand(len(batch), -1),
-            use_cache=False,
-        ).logits
-        logs = torch.log_softmax(logits, dim=-1)
-        scores = [
-            float(sum(logs[i, t, answer[t + 1]] for t in range(len(answer) - 1))) for i, answer in enumerate(candidates)
-        ]
-        best = candidates[max(range(len(scores)), key=scores.__getitem__)]
-        assert wide[row].tolist()[: len(best)] == best
-
-
-@torch.no_grad()
-def test_generation_shares_images_and_prefixes(model) -> None:
-    ids, mask = texts(3)
-    index = torch.tensor([0, 1, 0])
-    whole = model.generate(images(2)[index], ids, mask)
-    assert torch.equal(whole, model.generate(images(2), ids, mask, image_index=index))
-    prefix = model.trips.encode_prefix(images(2))
-    assert torch.equal(whole, model.generate(None, ids, mask, image_index=index, prefix=prefix))
-
-
-def test_distillation_step_adds_its_weighted_loss() -> None:
-    model = model_of(distill_weight=2.0)
-    ids, mask = texts(2)
-    out = model(images(), ids, mask, ANSWERS[:2], MASK[:2], distill=True)
+    out = model(images(), ids, mask, ANSWERS[:2], ANSWER_MASK[:2], distill=True)
     plain = model.trips(ids, mask, images(), observe=True)
-    expected = sum(
-        reference.kl_divergence(record.logits.tolist(), plain.image_attention.tolist()) for record in plain.selections
-    )
+    powers = [[weight ** (1 / temperature) for weight in row] for row in plain.image_attention.tolist()]
+    teacher = [[power / sum(row) for power in row] for row in powers]
+    expected = sum(reference.kl_divergence(record.logits.tolist(), teacher) for record in plain.selections)
     assert float(out.loss_distill) == pytest.approx(expected / 2, rel=1e-3)
     torch.testing.assert_close(out.loss.detach(), out.loss_answer + 2 * out.loss_distill)
     assert out.image_positions.shape[1] == 16  # all patches were seen
@@ -197,9 +160,9 @@ def test_distillation_step_in_mixed_precision_reaches_every_weight() -> None:
     """The teacher is computed without gradient from weights that need it: a cached cast must not cut it off."""
     gradients = []
     for mixed in (False, True):
-        model = model_of().train()
+        model = tiny_vqa_model().train()
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(images(), *texts(2), ANSWERS[:2], MASK[:2], distill=True).loss
+            loss = model(images(), *texts(2), ANSWERS[:2], ANSWER_MASK[:2], distill=True).loss
         loss.backward()
         gradients.append({name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())})
         assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
@@ -216,7 +179,7 @@ def test_tiny_model_learns_its_batch(changes) -> None:
     ids, mask = texts(4)
     distill, losses = changes.get("learning") == "distill", []
     for _ in range(30):
-        out = model(images(4), ids, mask, ANSWERS, MASK, distill=distill)
+        out = model(images(4), ids, mask, ANSWERS, ANSWER_MASK, distill=distill)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
@@ -232,7 +195,7 @@ def test_saving_and_loading_is_bitwise_and_stays_tied(tmp_path, model) -> None:
     loaded = TripsForQuestionAnswering.from_pretrained(tmp_path).eval()
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    args = (images(), *texts(2), ANSWERS[:2], MASK[:2])
+    args = (images(), *texts(2), ANSWERS[:2], ANSWER_MASK[:2])
     assert torch.equal(model(*args).loss, loaded(*args).loss)
     for each in (model, loaded):
         assert each.decoder.get_output_embeddings().weight is each.decoder.get_input_embeddings().weight
@@ -240,10 +203,12 @@ def test_saving_and_loading_is_bitwise_and_stays_tied(tmp_path, model) -> None:
 
 def test_training_step_reads_no_value_on_the_host() -> None:
     """Tensors of the meta device have no values: reading one would fail."""
-    model = model_of().to("meta")
-    args = [tensor.to("meta") for tensor in (images(), *texts(2), ANSWERS, MASK, torch.tensor([0, 1, 1, 0]))]
-    for distill in (False, True):
-        model(*args, distill=distill).loss.backward()
+    tokens = predicted_tokens(ANSWER_MASK).to("meta")
+    args = [tensor.to("meta") for tensor in (images(), *texts(2), ANSWERS, ANSWER_MASK, torch.tensor([0, 1, 1, 0]))]
+    for learning, distill in (("literal", False), ("gate", False), ("distill", True)):
+        model = tiny_vqa_model(learning=learning).to("meta")
+        for answer_tokens in (None, tokens):
+            model(*args, answer_tokens=answer_tokens, distill=distill).loss.backward()
 
 
 def test_every_attention_of_the_decoder_is_fused(model, monkeypatch) -> None:
@@ -255,27 +220,28 @@ def test_every_attention_of_the_decoder_is_fused(model, monkeypatch) -> None:
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", count)
     with torch.no_grad():
-        model(images(), *texts(2), ANSWERS[:2], MASK[:2])
-    assert calls[-4:] == [(5, 5), (5, 6)] * 2 and len(calls) == 2 + 4 + 4 + 4
+        model(images(), *texts(2), ANSWERS[:2], ANSWER_MASK[:2])
+    # four places of five: the last token of an answer predicts nothing
+    assert calls[-4:] == [(4, 4), (4, 6)] * 2 and len(calls) == 2 + 4 + 4 + 4
 
 
 def test_bad_calls_are_named(model) -> None:
     ids, mask = texts(2)
     with pytest.raises(ShapeError, match="answer_ids"):
-        model(images(), ids, mask, ANSWERS, MASK)
+        model(images(), ids, mask, ANSWERS, ANSWER_MASK)
     for name, place, value in (
-        ("answer_mask", 4, MASK[:, :-1]),
+        ("answer_mask", 4, ANSWER_MASK[:, :-1]),
         ("answer_index", 5, torch.tensor([0, 1])),
         ("answer_weights", 6, torch.ones(4, 1)),
     ):
-        args = [images(), ids, mask, ANSWERS, MASK, torch.tensor([0, 1, 1, 0]), torch.ones(4)]
+        args = [images(), ids, mask, ANSWERS, ANSWER_MASK, torch.tensor([0, 1, 1, 0]), torch.ones(4)]
         args[place] = value
         with pytest.raises(ShapeError, match=name):
             model(*args)
     for changes in ({"guide": "none"}, {"guide": "random"}, {"layers": ()}):
         with pytest.raises(ConfigError, match="distill"):
             selection = model.config.selection.replace(**changes)
-            model(images(), ids, mask, ANSWERS[:2], MASK[:2], selection=selection, distill=True)
+            model(images(), ids, mask, ANSWERS[:2], ANSWER_MASK[:2], selection=selection, distill=True)
 
 
 def test_decoder_without_cross_attention_is_refused() -> None:
@@ -283,10 +249,3 @@ def test_decoder_without_cross_attention_is_refused() -> None:
     parts = {"vision_config": config.vision_config, "text_config": config.text_config, "selection": config.selection}
     with pytest.raises(ConfigError, match="decoder_config"):
         TripsForQuestionAnswering(TripsConfig(**parts, decoder_config=tiny_bert_config()))
-
-
-def test_generation_needs_to_know_start_and_end() -> None:
-    config = tiny_config()
-    config.decoder_config.bos_token_id = None
-    with pytest.raises(ConfigError, match="bos_token_id"):
-        TripsForQuestionAnswering(config).eval().generate(images(), *texts(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trips.config import SelectionConfig
 from trips.data.loading import VqaCollator, VqaDataset
 from trips.data.records import BadSamples, Question, VqaRecord
 from trips.errors import ConfigError, DataError
 from trips.train.data import VqaTrainingData
 from trips.train.recipe import DataSection, ModelSection
-from trips.train.vqa import build_processor
+from trips.train.vqa import build_model, build_processor
 
 
 def records(count: int, bad: tuple[int, ...] = ()) -> list[VqaRecord]:
@@ -93,6 +95,42 @@ def test_epochs_differ_and_draw_other_questions() -> None:
     assert [b["sources"] for b in first] != [b["sources"] for b in second]
     drawn = [{q for b in epoch for q in b["question_ids"]} for epoch in (first, second)]
     assert all(len(questions) == 16 for questions in drawn) and drawn[0] != drawn[1]
+
+
+@torch.no_grad()
+def test_the_loss_of_a_batch_is_that_of_its_answers_one_by_one() -> None:
+    """The model is told which places predict a token; without that, and for every answer alone, it finds the same."""
+    texts = (("red",), ("dark red", "blue"), ("one, two, three",), ("very dark blue", "two"))
+    made = [
+        dataclasses.replace(
+            record,
+            questions=tuple(
+                dataclasses.replace(q, answers=answers, weights=(0.7, 0.3) if len(answers) == 2 else (1.0,))
+                for q, answers in zip(record.questions, texts[i:] + texts[:i])
+            ),
+        )
+        for i, record in enumerate(records(4))
+    ]
+    section = ModelSection(vision="tiny", text="tiny", selection=SelectionConfig(layers=(2, 3), keep_rate=0.5))
+    processor = build_processor(section, DataSection(image_size=16), made)
+    model = build_model(section, processor).eval()
+    dataset, collator = VqaDataset(made, processor, BadSamples()), VqaCollator(processor)
+    (batch,) = VqaTrainingData(dataset, collator, batch_size=4, seed=3, rank=0, world=1).batches(0, 1)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    tokens, lengths = tensors.pop("answer_tokens"), tensors["answer_mask"].sum(dim=1)
+    assert int((lengths - 1).sum()) == len(tokens) and len(set(lengths.tolist())) > 2
+    loss, num_questions = float(model(**tensors, answer_tokens=tokens).loss), len(batch["question_ids"])
+    assert float(model(**tensors).loss) == pytest.approx(loss, rel=1e-6)
+    total = 0.0
+    for a, (b, weight) in enumerate(zip(tensors["answer_index"].tolist(), tensors["answer_weights"].tolist())):
+        image, words = int(tensors["image_index"][b]), int(tensors["attention_mask"][b].sum())
+        alone = model(
+            tensors["pixel_values"][image : image + 1],
+            tensors["input_ids"][b : b + 1, :words],
+            answer_ids=tensors["answer_ids"][a : a + 1, : lengths[a]],
+        )
+        total += weight * float(alone.loss)
+    assert loss == pytest.approx(total / num_questions, rel=1e-4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

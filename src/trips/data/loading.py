@@ -143,7 +143,8 @@ class VqaCollator:
 
         Returns:
             `pixel_values` (I, 3, H, W) float32; `image_index` (B,) long, the image of each question; `input_ids`,
-            `attention_mask` (B, L) long; `answer_ids`, `answer_mask` (A, La) long; `answer_index` (A,) long, the
+            `attention_mask` (B, L) long; `answer_ids`, `answer_mask` (A, La) long; `answer_tokens` (M,) long, the
+            places of (A, La - 1), row-major, behind which a token of an answer stands; `answer_index` (A,) long, the
             question of each answer; `answer_weights` (A,) float32, which sum to 1 per question. Beside them the lists
             `question_ids` (B), `sources` (I), and `skipped`, a (source, reason) for each bad sample of the batch. If
             every sample is bad, I = B = A = 0 and L = La = 0.
@@ -171,6 +172,8 @@ class VqaCollator:
             answer_texts = self.processor.encode_answers([text for _, text, _ in answers], multiple)
         batch |= {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
         batch |= {"answer_ids": answer_texts["input_ids"], "answer_mask": answer_texts["attention_mask"]}
+        # Which places predict a token of an answer: known here without asking a device.
+        batch["answer_tokens"] = batch["answer_mask"][:, 1:].flatten().nonzero().squeeze(1)
         return batch
 
 

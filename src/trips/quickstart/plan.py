@@ -25,6 +25,8 @@ class QuickstartPlan:
         bind_steps: of the second, which binds words to patches in scenes of few objects, vision tower frozen.
         question_steps: of the third, all kinds of questions about full scenes, vision tower frozen.
         tune_steps: of the fine-tuning of every guide, all weights free.
+        keep_rate_warmup: share of them during which the keep rate falls from 1, for all guides alike.
+        distill_every: distance of the full-patch steps of text_distill.
         num_scenes: per step. num_questions: per scene.
         test_scenes, test_questions: scenes of the test part, and questions about each.
         label_lr, bind_lr, tune_lr: peak learning rates.
@@ -36,19 +38,21 @@ class QuickstartPlan:
     text_layers: int = 2
     fusion_layers: int = 2
     decoder_layers: int = 1
-    layers: tuple[int, ...] = (2, 4)
-    keep_rate: float = 0.5
+    layers: tuple[int, ...] = (3, 5)
+    keep_rate: float = 0.3
     label_steps: int = 500
     bind_steps: int = 800
     question_steps: int = 500
-    tune_steps: int = 300
+    tune_steps: int = 400
+    keep_rate_warmup: float = 0.5
+    distill_every: int = 2
     num_scenes: int = 16
     num_questions: int = 8
     test_scenes: int = 128
     test_questions: int = 16
     label_lr: float = 4e-3
     bind_lr: float = 1e-3
-    tune_lr: float = 6e-4
+    tune_lr: float = 1e-3
     timing_rounds: int = 15
 
     @classmethod
@@ -78,7 +82,9 @@ class QuickstartPlan:
     def selection(self, guide: str, keep_rate: float | None = None) -> SelectionConfig:
         """Setting of a row of the table."""
         rate = self.keep_rate if keep_rate is None else keep_rate
-        base = SelectionConfig(layers=self.layers, keep_rate=rate, score="raw_states")
+        base = SelectionConfig(
+            layers=self.layers, keep_rate=rate, score="raw_states", distill_weight=3.0, distill_temperature=0.25
+        )
         if guide.startswith("text_"):
             return base.replace(learning=guide.removeprefix("text_"))
         return base.replace(guide={"image_cls": "image"}.get(guide, guide))

@@ -54,8 +54,15 @@ def findings(rows: list[dict[str, Any]], plan: QuickstartPlan) -> list[str]:
     lines.append(
         f"{'holds' if lead >= -1 else 'DOES NOT HOLD'}: within one point of no selection: {best} {lead:+.1f} points"
     )
-    gains = ", ".join(f"{guide} {by_guide[guide]['relevance_gain'][last]:+.2f}" for guide in texts)
-    lines.append(f"relevance gain at layer {last} (0: the text is ignored): {gains}")
+    for name, key in (("all questions", None), ("questions about objects", "object")):
+        gains = {
+            guide: by_guide[guide]["relevance_gain"][last]
+            if key is None
+            else by_guide[guide]["relevance_gain_by_type"][key]
+            for guide in texts
+        }
+        shown = ", ".join(f"{guide} {gain:+.2f}" for guide, gain in gains.items())
+        lines.append(f"relevance gain at layer {last} (0: the text is ignored), {name}: {shown}")
     operations = by_guide["none"]["flops_g"] / by_guide[best]["flops_g"]
     measured = by_guide[best]["throughput"] / by_guide["none"]["throughput"]
     lines.append(

@@ -199,4 +199,5 @@ def fine_tune(
         beta2=_BETA2,
     )
     data = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps + plan.question_steps)
-    return model, train(model, data, settings, schedule=SelectionSchedule(selection, plan.tune_steps))
+    schedule = SelectionSchedule(selection, plan.tune_steps, plan.keep_rate_warmup, distill_every=plan.distill_every)
+    return model, train(model, data, settings, schedule=schedule)

@@ -5,7 +5,7 @@ freely or ranks a list of answers.
 
 Data contract of a batch (`trips.data.loading.VqaCollator` makes it): ``pixel_values`` (I, 3, H, W), ``image_index``
 (B,), ``input_ids`` and ``attention_mask`` (B, L), ``answer_ids`` and ``answer_mask`` (A, T), ``answer_index`` (A,)
-the question each answer belongs to, ``answer_weights`` (A,).
+the question each answer belongs to, ``answer_weights`` (A,), ``answer_tokens`` (M,) the places that predict a token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
 from trips.fusion import bidirectional_mask
-from trips.losses import answer_log_likelihood, answer_loss, guidance_distillation_loss
+from trips.losses import IGNORED, answer_log_likelihood, answer_loss, guidance_distillation_loss
 from trips.model import TripsModel, TripsOutput, TripsPreTrainedModel
 from trips.selection import Selection
 from trips.vision import VisionPrefix
@@ -84,6 +84,7 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         answer_index: Tensor | None = None,
         answer_weights: Tensor | None = None,
         *,
+        answer_tokens: Tensor | None = None,
         image_index: Tensor | None = None,
         prefix: VisionPrefix | None = None,
         selection: SelectionConfig | None = None,
@@ -97,6 +98,8 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             answer_ids: (A, T) [CLS] pieces [SEP] padding. answer_mask: (A, T).
             answer_index: (A,) question of each answer; one answer per question in order if not given.
             answer_weights: (A,); ones if not given.
+            answer_tokens: from `predicted_tokens`, made where the batch is made; spares the vocabulary logits of the
+                padding without asking the device what is padding.
             distill: a full-patch step whose loss holds the guidance distillation term.
         Raises:
             ConfigError: distillation without a guide that can learn. ShapeError: answers do not fit the questions.
@@ -127,6 +130,10 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         ):
             if tensor is not None and tensor.shape != shape:
                 raise ShapeError("does not fit answer_ids", item=name, found=tuple(tensor.shape), expected=tuple(shape))
+        if answer_ids.ndim != 2 or 0 in answer_ids.shape or answer_ids.shape[1] < 2:
+            raise ShapeError("no answers", item="answer_ids", found=tuple(answer_ids.shape), expected="(A, T), T >= 2")
+        if answer_tokens is not None and (answer_tokens.ndim != 1 or answer_tokens.is_floating_point()):
+            raise ShapeError("not places", item="answer_tokens", found=tuple(answer_tokens.shape), expected="(M,) int")
         if answer_index is None:
             if answer_ids.shape[0] != states.shape[0]:
                 raise ShapeError(
@@ -137,29 +144,42 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
                 )
             answer_index = torch.arange(states.shape[0], device=states.device)
         likelihood = self._log_likelihood(
-            states.index_select(0, answer_index), attention_mask.index_select(0, answer_index), answer_ids, answer_mask
+            states.index_select(0, answer_index),
+            attention_mask.index_select(0, answer_index),
+            answer_ids,
+            answer_mask,
+            answer_tokens,
         )
         weights = torch.ones_like(likelihood) if answer_weights is None else answer_weights
         result.loss = answer_loss(likelihood, weights, states.shape[0])
         result.loss_answer = result.loss.detach()
         if distill:
-            loss_distill = _distillation(output)
+            loss_distill = _distillation(output, selection.distill_temperature)
             result.loss = result.loss + selection.distill_weight * loss_distill
             result.loss_distill = loss_distill.detach()
         return result
 
-    def _log_likelihood(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor | None) -> Tensor:
+    def _log_likelihood(
+        self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor | None, tokens: Tensor | None
+    ) -> Tensor:
         """(A,) log-likelihood of each answer under its own row of question states."""
-        answer_mask = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
+        count, length = answer_ids.shape[0], answer_ids.shape[1] - 1
         # Padding stands behind the answer, where a causal decoder never looks, so the answers need no mask; the
         # question's is ready-made. From plain masks transformers would first ask the device what is padded.
-        logits = self.decoder(
-            input_ids=answer_ids,
+        hidden = self.decoder.bert(
+            input_ids=answer_ids[:, :-1],
             encoder_hidden_states=states,
             encoder_attention_mask=bidirectional_mask(mask, states.dtype)[:, :, :1],
             use_cache=False,
-        ).logits
-        return answer_log_likelihood(logits, answer_ids, answer_mask)
+        ).last_hidden_state
+        hidden, targets = hidden.flatten(0, 1), answer_ids[:, 1:].flatten()
+        rows = torch.arange(count * length, device=answer_ids.device) if tokens is None else tokens
+        # The vocabulary is the widest thing here: only places that predict a token of an answer are projected on it.
+        logits = self.decoder.cls(hidden.index_select(0, rows))
+        targets = targets.index_select(0, rows)
+        if answer_mask is not None and tokens is None:
+            targets = targets.masked_fill(answer_mask[:, 1:].flatten() == 0, IGNORED)
+        return answer_log_likelihood(logits, targets, rows // length, count)
 
     @torch.no_grad()
     def rank_answers(
@@ -191,8 +211,9 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         candidates = first_scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         rows = torch.arange(batch, device=candidates.device).repeat_interleave(k)
         chosen = candidates.flatten()
+        mask = answer_mask[chosen]
         likelihood = self._log_likelihood(
-            question_states[rows], attention_mask[rows], answer_ids[chosen], answer_mask[chosen]
+            question_states[rows], attention_mask[rows], answer_ids[chosen], mask, predicted_tokens(mask)
         ).view(batch, k)
         order = likelihood.sort(dim=1, descending=True, stable=True)
         return candidates.gather(1, order.indices), order.values
@@ -241,7 +262,13 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         )
 
 
-def _distillation(output: TripsOutput) -> Tensor:
-    """Mean over locations of the divergence from the fusion's attention to the location's a_cls."""
-    losses = [guidance_distillation_loss(record.logits, output.image_attention) for record in output.selections]
-    return torch.stack(losses).mean()
+def predicted_tokens(answer_mask: Tensor) -> Tensor:
+    """(M,) places of (A, T - 1), row-major, whose following token belongs to an answer; waits for the device."""
+    return answer_mask[:, 1:].flatten().nonzero().squeeze(1)
+
+
+def _distillation(output: TripsOutput, temperature: float) -> Tensor:
+    """Mean over locations of the divergence from the fusion's (sharpened) attention to the location's a_cls."""
+    teacher = output.image_attention ** (1 / temperature)
+    teacher = teacher / teacher.sum(dim=1, keepdim=True)
+    return torch.stack([guidance_distillation_loss(record.logits, teacher) for record in output.selections]).mean()

@@ -1,0 +1,69 @@
+"""Markdown tables of docs/results.md from stored results.
+
+python benchmarks/tables.py quickstart runs/quickstart/results.json
+python benchmarks/tables.py seeds benchmarks/results/quickstart_seeds.json
+python benchmarks/tables.py scores benchmarks/results/score_forms.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+KINDS = ("overall", "object", "background", "relation", "existence", "counting")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def quickstart(results: dict) -> str:
+    rows = []
+    for row in results["rows"]:
+        last = list(row["relevance_recall"])[-1]
+        rows.append(
+            [
+                row["guide"],
+                " x ".join(f"{rate:g}" for rate in row["keep_rates"]),
+                *(f"{100 * row['accuracy'][kind]:.1f}" for kind in KINDS),
+                f"{row['relevance_recall'][last]:.2f}",
+                f"{row['relevance_gain'][last]:+.2f}",
+                f"{row['relevance_gain_by_type'].get('object', 0):+.2f}",
+                f"{row['flops_g']:.4f}",
+                f"{row['throughput']:.0f}",
+            ]
+        )
+    return markdown(["guide", "keep", *KINDS, "recall", "gain", "gain, objects", "GFLOPs", "pairs/s"], rows)
+
+
+def seeds(results: dict) -> str:
+    def cell(figures: dict, key: str, scale: float = 1, digits: int = 2) -> str:
+        value = figures.get(key)
+        return "-" if value is None else f"{scale * value['mean']:.{digits}f} ± {scale * value['sd']:.{digits}f}"
+
+    rows = [
+        [
+            name,
+            *(cell(figures, f"accuracy_{kind}", 100, 1) for kind in KINDS),
+            cell(figures, "relevance_recall"),
+            cell(figures, "relevance_gain"),
+            cell(figures, "relevance_gain_object"),
+        ]
+        for name, figures in results["summary"].items()
+    ]
+    return markdown(["guide", *KINDS, "recall", "gain", "gain, objects"], rows)
+
+
+def scores(results: dict) -> str:
+    keys = list(results["rows"][0])
+    return markdown(keys, [[str(row[key]) for key in keys] for row in results["rows"]])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("quickstart", "seeds", "scores"))
+    parser.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    print(globals()[arguments.table](json.loads(arguments.file.read_text())))

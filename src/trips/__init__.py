@@ -1,0 +1,81 @@
+"""trips: text-relevant image patch selection for vision-language models (TRIPS, EMNLP 2022).
+
+The public names, imported when they are first used: ``import trips`` alone loads neither torch nor transformers. What
+is not listed in ``__all__`` may change without notice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trips.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    ShapeError,
+    TripsError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from trips.config import SelectionConfig, TripsConfig
+    from trips.importers import build_model_from_towers
+    from trips.model import TripsModel
+    from trips.processor import TripsProcessor
+    from trips.tasks.vqa import TripsForQuestionAnswering
+
+    __version__: str
+
+_LAZY = {
+    "SelectionConfig": "trips.config",
+    "TripsConfig": "trips.config",
+    "TripsForQuestionAnswering": "trips.tasks.vqa",
+    "TripsModel": "trips.model",
+    "TripsProcessor": "trips.processor",
+    "build_model_from_towers": "trips.importers",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MissingDependencyError",
+    "SelectionConfig",
+    "ShapeError",
+    "TripsConfig",
+    "TripsError",
+    "TripsForQuestionAnswering",
+    "TripsModel",
+    "TripsProcessor",
+    "UnsupportedModelError",
+    "__version__",
+    "build_model_from_towers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use; see PEP 562."""
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module 'trips' has no attribute {name!r}")
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Version of the installed distribution; a checkout that is only on the path has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("trips-vlm")
+    except PackageNotFoundError:
+        return "0+unknown"
