@@ -82,9 +82,7 @@ class QuickstartPlan:
     def selection(self, guide: str, keep_rate: float | None = None) -> SelectionConfig:
         """Setting of a row of the table."""
         rate = self.keep_rate if keep_rate is None else keep_rate
-        base = SelectionConfig(
-            layers=self.layers, keep_rate=rate, score="raw_states", distill_weight=3.0, distill_temperature=0.25
-        )
+        base = SelectionConfig(layers=self.layers, keep_rate=rate, score="raw_states", distill_temperature=0.25)
         if guide.startswith("text_"):
             return base.replace(learning=guide.removeprefix("text_"))
         return base.replace(guide={"image_cls": "image"}.get(guide, guide))

@@ -193,7 +193,7 @@ def fine_tune(
         steps=plan.tune_steps,
         lr=plan.tune_lr,
         vision_lr=plan.tune_lr,
-        warmup_steps=min(20, plan.tune_steps),
+        warmup_steps=min(50, plan.tune_steps),
         seed=seed,
         log_every=100,
         beta2=_BETA2,

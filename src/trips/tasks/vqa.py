@@ -212,8 +212,10 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         rows = torch.arange(batch, device=candidates.device).repeat_interleave(k)
         chosen = candidates.flatten()
         mask = answer_mask[chosen]
+        longest = int(mask.sum(dim=1).max())  # one rare answer of twenty tokens would be paid for by all the others
+        ids, mask = answer_ids[chosen, :longest], mask[:, :longest]
         likelihood = self._log_likelihood(
-            question_states[rows], attention_mask[rows], answer_ids[chosen], mask, predicted_tokens(mask)
+            question_states[rows], attention_mask[rows], ids, mask, predicted_tokens(mask)
         ).view(batch, k)
         order = likelihood.sort(dim=1, descending=True, stable=True)
         return candidates.gather(1, order.indices), order.values
