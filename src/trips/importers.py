@@ -36,7 +36,7 @@ class ImportReport:
     """What became of every tensor.
 
     Attributes:
-        loaded: names in the new model that hold public weights.
+        loaded: names in the new model that hold public weights; cross-attention those of its layer's self-attention.
         initialised: names in the new model that no public tower has; they start at random.
         ignored: names in the checkpoints that this model has no place for, as "vision: name" or "text: name".
     """
@@ -144,7 +144,8 @@ def build_model_from_towers(
     """A TRIPS model from a vision tower and a BERT: first layers to the text encoder, last to the fusion encoder.
 
     Where text and fusion layers together exceed the tower's, the last ones are used twice (a copy). Cross-attention
-    has no public counterpart and starts at random. A decoder copies the fusion encoder and the word embeddings (E.5).
+    has no public counterpart and starts as a copy of its layer's self-attention. A decoder copies the fusion encoder
+    and the word embeddings (E.5).
 
     Args:
         vision, text: local folders or hub names.
@@ -194,17 +195,23 @@ def build_model_from_towers(
 
 
 def _copy_layers(source: Iterable[nn.Module], target: Iterable[nn.Module]) -> None:
-    """Copy BERT layers; what the source lacks may only be cross-attention."""
+    """Copy BERT layers; what the source lacks may only be cross-attention, which starts as the self-attention.
+
+    From small random weights it adds next to nothing for thousands of steps, and a model that learns meanwhile to do
+    without the image stays blind (docs/results.md, DAQUAR).
+    """
     for public, ours in zip(source, target, strict=True):
         missing, unexpected = ours.load_state_dict(public.state_dict(), strict=False)
         missing = [key for key in missing if not key.startswith("crossattention.")]
         if missing or unexpected:
             raise CheckpointError("layers do not correspond", item="text tower", found=_first([*missing, *unexpected]))
+        if (cross := getattr(ours, "crossattention", None)) is not None:
+            cross.load_state_dict(ours.attention.state_dict())
 
 
 def _account(model: nn.Module, report: ImportReport) -> None:
     """Sort every tensor of the new model into loaded and initialised."""
-    new = (".crossattention.", "decoder.cls.", "fusion.image_projection.", "vision.guide_map")
+    new = ("decoder.cls.", "fusion.image_projection.", "vision.guide_map")
     tied = "decoder.cls.predictions.decoder.weight"  # the word embeddings under a second name
     for name in model.state_dict():
         is_new = name != tied and any(part in name for part in new)

@@ -71,7 +71,7 @@ class OptimSection:
 
     Attributes:
         lr: peak learning rate of everything but the vision tower.
-        vision_lr: peak learning rate of the vision tower.
+        vision_lr: peak learning rate of the vision tower; 0 freezes it.
         weight_decay: decoupled; not on biases, norms, [CLS] and position tables.
         warmup_steps: steps of linear warm-up.
         lr_floor: share of the peak where the warm-up starts and the cosine ends.

@@ -69,6 +69,9 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     processor = build_processor(recipe.model, recipe.data, records)
     set_seed(recipe.run.seed)  # the new weights
     model = build_model(recipe.model, processor)
+    if recipe.optim.vision_lr == 0:
+        # No gradient is even computed for a tower that does not learn; the guide's still passes through it.
+        model.trips.vision.requires_grad_(False)
     dataset, collator = build_data(recipe, records, processor, bad_samples, train=True)
     data = VqaTrainingData(
         dataset,
