@@ -276,3 +276,17 @@ def test_bad_calls_are_named(model) -> None:
         model(attention_mask=mask[:, :-1], text_states=model.encode_text(ids, mask), pixel_values=images())
     with pytest.raises(ConfigError, match="selection.layers"):
         model(ids, mask, images(), selection=SelectionConfig(layers=(9,)))
+
+
+@torch.no_grad()
+def test_where_nothing_is_removed_every_layer_runs_once_per_image() -> None:
+    model = model_of().eval()
+    rows = []
+    for layer in model.vision.reader.layers:
+        layer.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
+    ids, mask = texts(5)
+    index = torch.tensor([0, 1, 1, 0, 1])
+    whole = model(ids, mask, images(2), image_index=index, selection=model.config.selection.replace(keep_rate=1.0))
+    assert set(rows) == {2}
+    none = model(ids, mask, images(2), image_index=index, selection=model.config.selection.replace(guide="none"))
+    assert torch.equal(whole.last_hidden_state, none.last_hidden_state)

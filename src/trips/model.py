@@ -138,7 +138,10 @@ class TripsModel(TripsPreTrainedModel):
                 found=tuple(attention_mask.shape),
                 expected=tuple(text_states.shape[:2]),
             )
-        prefix = prefix or self.encode_prefix(pixel_values, selection)
+        if prefix is None:
+            if not observe and selection.active and min(selection.rates) == 1:
+                selection = selection.replace(guide="none")  # nothing is removed: the whole tower, once per image
+            prefix = self.encode_prefix(pixel_values, selection)
         if image_index is not None:
             prefix = prefix.take(image_index)
         if prefix.states.shape[0] != text_states.shape[0]:
