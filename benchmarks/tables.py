@@ -3,6 +3,7 @@
 python benchmarks/tables.py quickstart runs/quickstart/results.json
 python benchmarks/tables.py seeds benchmarks/results/quickstart_seeds.json
 python benchmarks/tables.py scores benchmarks/results/score_forms.json
+python benchmarks/tables.py pretraining benchmarks/results/pretraining_step.json
 """
 
 from __future__ import annotations
@@ -61,9 +62,28 @@ def scores(results: dict) -> str:
     return markdown(keys, [[str(row[key]) for key in keys] for row in results["rows"]])
 
 
+def pretraining(results: dict) -> str:
+    header = ["setting", "checkpointing", "seconds", "to ALBEF-C", "range", "exact", "GFLOP/pair", "GFLOP/s", "MiB"]
+    rows = [
+        [
+            row["setting"],
+            "yes" if row["gradient_checkpointing"] else "no",
+            f"{row['seconds']:.3g}",
+            f"{row['measured_ratio']:.2f}",
+            " to ".join(f"{ratio:.2f}" for ratio in row["measured_range"]),
+            f"{row['exact_ratio']:.2f}",
+            f"{row['gflops_per_pair']:.0f}",
+            f"{row['gflops_per_second']:.0f}",
+            f"{row['step_mib']:.0f}",
+        ]
+        for row in results["rows"]
+    ]
+    return markdown(header, rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("quickstart", "seeds", "scores"))
+    parser.add_argument("table", choices=("quickstart", "seeds", "scores", "pretraining"))
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     print(globals()[arguments.table](json.loads(arguments.file.read_text())))

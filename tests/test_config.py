@@ -16,6 +16,7 @@ from tiny import images, tiny_bert_config, tiny_config, tiny_vision_config
 from transformers import ResNetConfig, RobertaConfig
 
 from trips.config import (
+    PretrainingConfig,
     SelectionConfig,
     TripsConfig,
     bert_variant,
@@ -190,6 +191,58 @@ def test_selection_must_be_a_mapping(value: object) -> None:
         TripsConfig(selection=value)
 
 
+BAD_PRETRAINING = [
+    ("projection_dim", 0),
+    ("projection_dim", 8.0),
+    ("projection_dim", None),
+    ("queue_size", -1),
+    ("queue_size", True),
+    ("queue_size", 1e4),
+    ("momentum", 1.1),
+    ("momentum", -0.1),
+    ("momentum", float("nan")),
+    ("temperature", 0.0),
+    ("temperature", 0.6),
+    ("temperature", "0.07"),
+    ("alpha", -0.1),
+    ("alpha", 1.5),
+    ("alpha", True),
+    ("alpha_ramp_steps", -1),
+    ("alpha_ramp_steps", 0.5),
+    ("itc_guide", "caption"),
+    ("itc_guide", None),
+    ("itm_guide", "text"),
+    ("mlm_guide", True),
+    ("negatives", "all"),
+    ("negatives", ["local"]),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_PRETRAINING, ids=lambda value: repr(value))
+def test_bad_value_of_pretraining_names_its_field(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"pretraining\.{field}"):
+        PretrainingConfig(**{field: value})
+    with pytest.raises(ConfigError, match=rf"pretraining\.{field}"):
+        tiny_config().pretraining.replace(**{field: value})
+
+
+def test_pretraining_is_a_section_of_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"pretraining\.queue"):
+        TripsConfig(pretraining={"queue": 5})
+    with pytest.raises(ConfigError, match="^pretraining"):
+        TripsConfig(pretraining=[1])
+    options = TripsConfig(pretraining={"queue_size": 0, "alpha": 0}).pretraining
+    assert options == PretrainingConfig(queue_size=0, alpha=0.0) and not options.has_teacher
+    assert options.replace(queue_size=1).has_teacher and options.replace(alpha=0.1).has_teacher
+    hash(options)
+
+
+@given(alpha=st.floats(0, 1), ramp=st.integers(0, 50), step=st.integers(0, 100))
+def test_alpha_ramps_linearly(alpha: float, ramp: int, step: int) -> None:
+    found = PretrainingConfig(alpha=alpha, alpha_ramp_steps=ramp).alpha_at(step)
+    assert found == (alpha if step >= ramp else pytest.approx(alpha * step / ramp))
+
+
 @given(selection=selections(12))
 def test_selection_round_trip(selection: SelectionConfig) -> None:
     assert selection.replace() == selection
@@ -238,14 +291,19 @@ def test_defaults_are_the_papers() -> None:
     assert config.fusion_encoder_config.is_decoder and config.fusion_encoder_config.add_cross_attention
     assert not config.text_config.is_decoder
     assert (config.selection.layers, config.selection.rates, config.selection.guide) == ((5, 10), (0.7, 0.7), "text")
+    options = config.pretraining
+    assert (options.queue_size, options.momentum, options.projection_dim) == (65536, 0.995, 256)
+    assert (options.temperature, options.alpha) == (0.07, 0.4)
+    assert (options.itc_guide, options.itm_guide, options.mlm_guide) == ("image", "anew", "masked")
 
 
 @pytest.mark.parametrize("family", ["clip", "vit", "dinov2"])
 def test_configuration_is_saved_and_loaded(tmp_path, family: str) -> None:
     config = tiny_config(family, keep_rate=(0.5, 0.55), inattentive="drop", learning="gate", gate_temperature=0.3)
+    config.pretraining = PretrainingConfig(queue_size=12, alpha_ramp_steps=3, itc_guide="none", negatives="global")
     config.save_pretrained(tmp_path)
     loaded = TripsConfig.from_pretrained(tmp_path)
-    assert loaded.selection == config.selection
+    assert loaded.selection == config.selection and loaded.pretraining == config.pretraining
     for name in ("vision_config", "text_config", "fusion_encoder_config", "decoder_config"):
         ours, theirs = getattr(config, name), getattr(loaded, name)
         assert type(ours) is type(theirs)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trips.errors import ConfigError, DataError
-from trips.images import MAX_PIXELS, load_image
+from trips.images import MAX_PIXELS, load_image, open_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -130,6 +130,33 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(np.asarray(load_image(encode(Image.fromarray(pixels), exif=exif))), upright)
+
+
+@given(
+    orientation=st.integers(1, 8),
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    form=st.sampled_from(["JPEG", "PNG"]),
+)
+def test_an_opened_picture_knows_its_upright_size_and_loads_the_same(
+    orientation: int, width: int, height: int, form: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(noise(height, width, 3)), form, exif=exif)
+    for min_size in (None, (5, 9)):
+        opened, loaded = open_image(data), load_image(data, min_size=min_size)
+        assert opened.size == load_image(data).size
+        np.testing.assert_array_equal(np.asarray(opened.load(min_size)), np.asarray(loaded))
+
+
+def test_bad_bytes_are_named_when_opened_or_loaded() -> None:
+    for data, message in ((b"", "^x: image is empty"), (b"nothing", "^x: not a readable image")):
+        with pytest.raises(DataError, match=message):
+            open_image(data, name="x")
+    cut = open_image(encode(Image.fromarray(noise(90, 90, 3)), "JPEG")[:-900], name="x")
+    with pytest.raises(DataError, match="^x: picture cannot be decoded"):
+        cut.load()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

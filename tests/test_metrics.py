@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trips.errors import ShapeError
-from trips.metrics import kept_mask, relevance_gain, relevance_recall
+from trips.metrics import kept_mask, recall_at_k, relevance_gain, relevance_recall
 
 
 @st.composite
@@ -44,3 +44,28 @@ def test_gain_takes_out_what_is_kept_whatever_the_text():
 def test_rows_must_fit():
     with pytest.raises(ShapeError, match="relevant"):
         relevance_recall(torch.zeros(2, 1, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool))
+
+
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(0, 2**16))
+def test_recall_at_k_equals_sorting_by_hand(queries, candidates, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(queries, candidates, generator=generator)
+    relevant = torch.rand(queries, candidates, generator=generator) < 0.3
+    relevant[:, seed % candidates] = True
+    expected = {}
+    for k in (1, 3):
+        hits = 0
+        for row in range(queries):
+            ranked = sorted(range(candidates), key=lambda c: -scores[row, c].item())
+            hits += any(relevant[row, c].item() for c in ranked[:k])
+        expected[k] = pytest.approx(hits / queries)
+    assert recall_at_k(scores, relevant, (1, 3)) == expected
+
+
+def test_scores_that_are_all_alike_find_nothing():
+    assert recall_at_k(torch.zeros(2, 5), torch.eye(2, 5, dtype=torch.bool), (1,)) == {1: 0.0}
+
+
+def test_a_query_without_a_relevant_candidate_is_refused():
+    with pytest.raises(ShapeError, match="relevant"):
+        recall_at_k(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))

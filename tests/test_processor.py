@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from trips.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from trips.errors import CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
 from trips.processor import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TripsProcessor
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] what is the colour of bus red ##es [ ] sep mask a b c d ?".split()
@@ -80,6 +80,29 @@ def test_mean_std_and_filter_are_used() -> None:
     resized = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)) / 255
     expected = ((resized - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1)
     np.testing.assert_allclose(processor(images=image)["pixel_values"][0].numpy(), expected, atol=2e-6)
+
+
+def test_normalising_is_the_formula_at_every_value_and_place() -> None:
+    processor, rng = make_processor(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD), np.random.default_rng(0)
+    arrays = [np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3), rng.integers(0, 256, (16, 16, 3), np.uint8)]
+    arrays.append(np.asfortranarray(arrays[1])[::-1])  # whatever their order in memory
+    found = processor.normalise(arrays)
+    assert found.shape == (3, 3, 16, 16) and found.is_contiguous() and found.dtype == torch.float32
+    expected = (np.stack(arrays) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(found.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
+    for other in (np.zeros((1, 1, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)):  # which numpy would repeat
+        with pytest.raises(ShapeError, match="images of a batch differ"):
+            processor.normalise([arrays[0], other])
+
+
+def test_token_ids_are_those_of_a_call() -> None:
+    texts = ["what is a ?", "the bus s red buses", "red " * 60]
+    for processor in (make_processor(), make_processor(add_sep=True)):
+        call = processor(text=texts)
+        for ids_, row, mask in zip(processor.token_ids(texts), call["input_ids"], call["attention_mask"], strict=True):
+            assert row[mask.bool()].tolist() == ids_
+    with pytest.raises(DataError, match=r"text\[1\]: is empty"):
+        make_processor().token_ids(["a", " "])
 
 
 def test_batch_of_one_equals_row_of_a_batch() -> None:

@@ -22,7 +22,9 @@ SOURCE = Path(trips.__file__).resolve().parents[1]
 PROMISED = {
     "TripsConfig",
     "SelectionConfig",
+    "PretrainingConfig",
     "TripsModel",
+    "TripsForPreTraining",
     "TripsForQuestionAnswering",
     "TripsProcessor",
     "build_model_from_towers",

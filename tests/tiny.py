@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig, ViTConfig
 
-from trips.config import SelectionConfig, TripsConfig
+from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
+from trips.tasks.pretraining import TripsForPreTraining
 from trips.tasks.vqa import TripsForQuestionAnswering
 from trips.vision import VisionEncoder
 
@@ -106,3 +107,50 @@ def texts(count: int = 2, length: int = 6, seed: int = 2) -> tuple[Tensor, Tenso
     for row in range(1, count):
         mask[row, length - min(row, length - 1) :] = 0
     return ids * mask, mask
+
+
+def tiny_pretraining_model(
+    pretraining: dict[str, object] | None = None, *, queue_ids: tuple[int, ...] = (), **kwargs: object
+) -> TripsForPreTraining:
+    """With random weights, a teacher of its own random weights and a filled queue of 7.
+
+    Args:
+        pretraining: fields of `PretrainingConfig`. queue_ids: ids of the last rows of the queue.
+        kwargs: as in `tiny_config`.
+    """
+    config = tiny_config(**kwargs)
+    config.pretraining = PretrainingConfig(**{"projection_dim": 8, "queue_size": 7, **(pretraining or {})})
+    model = randomise(TripsForPreTraining(config))
+    with torch.no_grad():
+        model.temperature.fill_(0.3)
+        for head in (model.mlm_head, *([] if model.momentum is None else [model.momentum.mlm_head])):
+            head.transform.LayerNorm.weight.mul_(0.5)  # keeps the predictions away from 0 and 1
+        if model.queue is not None:
+            generator = torch.Generator().manual_seed(4)
+            for features in (model.queue.image_features, model.queue.text_features):
+                features.copy_(nn.functional.normalize(torch.randn(features.shape, generator=generator)))
+            if queue_ids:
+                model.queue.image_ids[-len(queue_ids) :] = torch.tensor(queue_ids)
+    return model
+
+
+def pair_batch(count: int = 3, seed: int = 2) -> dict[str, Tensor]:
+    """`count` pairs, the second and third of one image; two tokens of the first row are masked, one of the others."""
+    ids, mask = texts(count, seed=seed)
+    places = torch.tensor([1, 2, *(6 * row + 1 for row in range(1, count))])
+    masked = ids.flatten().index_fill(0, places, 1).view_as(ids)
+    pixels = images(count, seed=seed)
+    if count > 2:
+        pixels[2] = pixels[1]
+    image_ids = torch.arange(50, 50 + count)
+    image_ids[2:3] = image_ids[1]
+    return {
+        "pixel_values": pixels,
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mlm_input_ids": masked,
+        "mlm_positions": places,
+        "mlm_labels": ids.flatten()[places],
+        "image_ids": image_ids,
+        "caption_ids": torch.arange(90, 90 + count),
+    }

@@ -20,17 +20,20 @@ from trips.errors import (
 )
 
 if TYPE_CHECKING:
-    from trips.config import SelectionConfig, TripsConfig
+    from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
     from trips.importers import build_model_from_towers
     from trips.model import TripsModel
     from trips.processor import TripsProcessor
+    from trips.tasks.pretraining import TripsForPreTraining
     from trips.tasks.vqa import TripsForQuestionAnswering
 
     __version__: str
 
 _LAZY = {
+    "PretrainingConfig": "trips.config",
     "SelectionConfig": "trips.config",
     "TripsConfig": "trips.config",
+    "TripsForPreTraining": "trips.tasks.pretraining",
     "TripsForQuestionAnswering": "trips.tasks.vqa",
     "TripsModel": "trips.model",
     "TripsProcessor": "trips.processor",
@@ -42,10 +45,12 @@ __all__ = [
     "ConfigError",
     "DataError",
     "MissingDependencyError",
+    "PretrainingConfig",
     "SelectionConfig",
     "ShapeError",
     "TripsConfig",
     "TripsError",
+    "TripsForPreTraining",
     "TripsForQuestionAnswering",
     "TripsModel",
     "TripsProcessor",

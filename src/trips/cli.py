@@ -16,12 +16,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
+from trips import cli_data
 from trips.errors import ConfigError, TripsError
 
 # A key of a recipe, or a section alone, which `load_recipe` then refuses by name.
@@ -64,6 +66,28 @@ def evaluate(run_dir: str, overrides: Sequence[str] = (), *, as_json: bool = Fal
     return evaluate_run(run_dir, overrides)
 
 
+def explain(
+    run_dir: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: str = "kept_patches.png",
+    count: int = 6,
+    as_json: bool = False,
+) -> dict[str, Any]:
+    """Draw which patches a finished question answering run keeps on photos of its test data, and what it answers.
+
+    Args:
+        run_dir: output folder of "trips train".
+        overrides: keys of the run's recipe to replace.
+        out: picture to write.
+        count: photos, the first question of each.
+        as_json: print one JSON object for machines.
+    """
+    from trips.explain import explain_run
+
+    return {"written to": str(explain_run(run_dir, out, overrides, count))}
+
+
 def recipes(*, as_json: bool = False) -> dict[str, str]:
     """List the recipes that come with the package.
 
@@ -91,13 +115,15 @@ def quickstart(
     return run_quickstart(out, seed, scale)
 
 
-VERBS: dict[str, Callable[..., Any]] = {
+VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     "train": train,
     "evaluate": evaluate,
+    "explain": explain,
+    "data": cli_data,  # a module is a group of verbs
     "recipes": recipes,
     "quickstart": quickstart,
 }
-_POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR"}
+_POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR", "explain": "RUN_DIR"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments behind the program's name; None takes those of the process.
     Returns:
-        Exit code: 0, 2 for a user's mistake, 1 for an error of the library's own, 130 if interrupted.
+        Exit code: 0, 2 for a user's mistake, 1 for an error of the library's own or a check that is not passed, 130 if
+        interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        _run(arguments, debug)
-        return 0
+        return _run(arguments, debug)
     except SystemExit as exit_:  # help
         return exit_.code if isinstance(exit_.code, int) else 0
     except KeyboardInterrupt:
@@ -130,17 +156,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if mistake else 1
 
 
-def _run(arguments: list[str], debug: bool) -> None:
+def _run(arguments: list[str], debug: bool) -> int:
     verb = next((argument for argument in arguments if not argument.startswith("-")), None)
     overrides: list[str] = []
-    if verb in ("train", "evaluate"):
+    if verb in ("train", "evaluate", "explain"):
         arguments, overrides = _split_overrides(arguments)
     parser = _parser(verb)
     if not arguments:
         parser.print_help()
-        return
+        return 0
     chosen = parser.parse_args(arguments)
     function, values = VERBS[chosen.verb], chosen[chosen.verb]
+    if isinstance(function, ModuleType):
+        function, values = function.VERBS[values.verb], values[values.verb]
     # The recipe's keys stand in the parser for its help only; what was given is in the overrides.
     options = {name: values[name] for name in inspect.signature(function).parameters if name in values}
     as_json = options["as_json"] = values["json"]
@@ -149,6 +177,7 @@ def _run(arguments: list[str], debug: bool) -> None:
     with _logging(debug):
         result = function(**options)
     _show(chosen.verb, result, as_json)
+    return 0 if getattr(result, "ok", True) else 1
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -175,6 +204,11 @@ def _parser(verb: str | None) -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(dest="verb", required=True)
     for name, function in VERBS.items():
+        if isinstance(function, ModuleType):
+            group = ArgumentParser(description=_summary(function), exit_on_error=False)
+            commands.add_subcommand(name, group, help=_summary(function).splitlines()[0])
+            function.add_verbs(group)
+            continue
         takes_keys = "overrides" in inspect.signature(function).parameters
         command = ArgumentParser(
             description=_summary(function),
@@ -191,7 +225,7 @@ def _parser(verb: str | None) -> ArgumentParser:
     return parser
 
 
-def _summary(function: Callable[..., Any]) -> str:
+def _summary(function: Callable[..., Any] | ModuleType) -> str:
     """Docstring without its list of arguments."""
     return inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip()
 
@@ -223,6 +257,9 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 def _show(verb: str, result: Any, as_json: bool) -> None:
+    if verb == "data" and not as_json:
+        Console().print(cli_data.render(result))
+        return
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         result = dataclasses.asdict(result)
     if as_json:

@@ -1,149 +1,57 @@
 """Configuration of the model and the arithmetic that follows from it: no tensors, no weights in memory.
 
-`SelectionConfig` holds every choice of section 3.2 of the paper, each as one literal. `TripsConfig` joins it with
-the configurations of the three towers. Layer numbers are 1-based, as in the paper; N is the number of image patches
-without [CLS], r a keep rate, k = ceil(r n) the number of tokens kept of n candidates.
+`TripsConfig` joins the configurations of the three towers with `SelectionConfig` and `PretrainingConfig`, which
+`trips.options` defines and this module hands on. Layer numbers are 1-based, as in the paper; N is the number of image
+patches without [CLS], r a keep rate, k = ceil(r n) the number of tokens kept of n candidates.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, TypeVar
 
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, PreTrainedConfig
 
 from trips.errors import ConfigError
+from trips.options import (
+    Guide,
+    Heads,
+    Inattentive,
+    ItcGuide,
+    ItmGuide,
+    Learning,
+    MlmGuide,
+    Negatives,
+    Options,
+    PretrainingConfig,
+    QueryNorm,
+    Score,
+    SelectionConfig,
+    WidthMap,
+)
 
-Guide = Literal["text", "image", "random", "none"]
-Score = Literal["states", "raw_states", "keys"]
-QueryNorm = Literal["layer", "none"]
-Heads = Literal["full", "per_head"]
-Inattentive = Literal["fuse", "renormalise", "drop"]
-Learning = Literal["literal", "gate", "distill"]
-WidthMap = Literal["equal", "orthogonal"]
+__all__ = [
+    "Guide",
+    "Heads",
+    "Inattentive",
+    "ItcGuide",
+    "ItmGuide",
+    "Learning",
+    "MlmGuide",
+    "Negatives",
+    "PretrainingConfig",
+    "QueryNorm",
+    "Score",
+    "SelectionConfig",
+    "TripsConfig",
+    "WidthMap",
+    "bert_variant",
+    "check_locations",
+    "num_kept",
+    "selection_placement",
+    "token_counts",
+]
 
-
-@dataclasses.dataclass(frozen=True)
-class SelectionConfig:
-    """Where, how many and by whose guidance patches are kept (section 3.2).
-
-    Attributes:
-        layers: 1-based vision layers that select between their attention and their FFN; empty: no selection.
-        keep_rate: share r of the candidates kept, in (0, 1]; one for all locations or one per location.
-        guide: "text" is TD-ATT; "image" lets the image [CLS] ask (the paper's "w/o TD-ATT"); "random" scores by
-            noise; "none" is the ALBEF-C baseline.
-        score: what the query of Eq. 2 meets: "states" after the layer's second norm, "raw_states" as printed,
-            "keys" the states through the layer's own key projection.
-        query_norm: "layer" sends t_cls through the layer's input norm before W_q, "none" sends it raw.
-        heads: "full" one product over the whole width, "per_head" one per head, softmaxes averaged.
-        inattentive: "fuse" is Eq. 3 as printed, "renormalise" divides its weights by their sum, "drop" is "w/o ITF".
-        learning: how the guide learns. "literal": only the fused token carries gradient (the paper); "gate": a
-            straight-through gate on the kept tokens; "distill": the scores are taught by the fusion encoder's
-            attention in occasional full-patch steps. The last two go beyond the paper.
-        gate_temperature: divides the score inside the gate's sigmoid.
-        distill_weight: weight of the distillation loss beside the task's.
-        distill_temperature: below 1 it sharpens the teacher, attention ** (1 / temperature): an attention spread over
-            layers, heads and words says clearly which patches matter most, but puts little weight on them.
-        width_map: text width unlike vision width: "equal" is an error, "orthogonal" a fixed seeded
-            semi-orthogonal map, a buffer without parameters.
-
-    Raises:
-        ConfigError: a value outside its range; the error names the field.
-    """
-
-    layers: tuple[int, ...] = (5, 10)
-    keep_rate: float | tuple[float, ...] = 0.7
-    guide: Guide = "text"
-    score: Score = "states"
-    query_norm: QueryNorm = "layer"
-    heads: Heads = "full"
-    inattentive: Inattentive = "fuse"
-    learning: Learning = "literal"
-    gate_temperature: float = 1.0
-    distill_weight: float = 1.0
-    distill_temperature: float = 1.0
-    width_map: WidthMap = "equal"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
-            raise ConfigError("must be a list of layer numbers", item="selection.layers", found=self.layers)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.keep_rate, Sequence) and not isinstance(self.keep_rate, str):
-            object.__setattr__(self, "keep_rate", tuple(self.keep_rate))
-        for name, allowed in _LITERALS.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    "unknown value", item=f"selection.{name}", found=getattr(self, name), expected=" | ".join(allowed)
-                )
-        self._check_layers()
-        self._check_rates()
-        for name in ("gate_temperature", "distill_weight", "distill_temperature"):
-            value = getattr(self, name)
-            if not _is_number(value) or not value > 0:
-                raise ConfigError("must be positive", item=f"selection.{name}", found=value)
-
-    def _check_layers(self) -> None:
-        for layer in self.layers:
-            if not isinstance(layer, int) or isinstance(layer, bool) or layer < 1:
-                raise ConfigError(
-                    "not a layer number",
-                    item="selection.layers",
-                    found=layer,
-                    expected="integers from 1 (the first layer) upwards",
-                )
-        if any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)):
-            raise ConfigError("must rise", item="selection.layers", found=self.layers)
-
-    def _check_rates(self) -> None:
-        for rate in self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,):
-            if not _is_number(rate) or not 0 < rate <= 1:
-                raise ConfigError(
-                    "not a keep rate", item="selection.keep_rate", found=rate, expected="a share r with 0 < r <= 1"
-                )
-        if isinstance(self.keep_rate, tuple) and len(self.keep_rate) != len(self.layers):
-            raise ConfigError(
-                "one keep rate per location is needed",
-                item="selection.keep_rate",
-                found=self.keep_rate,
-                expected=f"{len(self.layers)} rates for layers {self.layers}",
-            )
-
-    @property
-    def active(self) -> bool:
-        """Whether any token is ever removed."""
-        return self.guide != "none" and bool(self.layers)
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """One keep rate per location."""
-        return self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,) * len(self.layers)
-
-    def replace(self, **changes: Any) -> SelectionConfig:
-        """A copy with some fields changed; unknown names raise `ConfigError`."""
-        return self.from_dict({**dataclasses.asdict(self), **changes})
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SelectionConfig:
-        """Build from a plain mapping; unknown keys raise `ConfigError` that names them."""
-        if not isinstance(values, Mapping):
-            raise ConfigError("must be a mapping", item="selection", found=values)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError("unknown key", item=f"selection.{unknown[0]}", expected=" | ".join(sorted(known)))
-        return cls(**values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_LITERALS: dict[str, tuple[str, ...]] = {
-    name: get_args(hint) for name, hint in get_type_hints(SelectionConfig).items() if get_args(hint)
-}
-for _name in ("layers", "keep_rate"):
-    _LITERALS.pop(_name)
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def num_kept(num_candidates: int, keep_rate: float) -> int:
@@ -228,6 +136,12 @@ def _as_config(value: Any, default: PreTrainedConfig, name: str) -> PreTrainedCo
         raise ConfigError(f"no such configuration ({reason})", item=name, found=value["model_type"]) from error
 
 
+def _as_options(value: Any, kind: type[OptionsT]) -> OptionsT:
+    if value is None:
+        return kind()
+    return value if isinstance(value, kind) else kind.from_dict(value)
+
+
 class TripsConfig(PreTrainedConfig):
     """Configuration of the dual-stream model (Figure 2a).
 
@@ -238,6 +152,7 @@ class TripsConfig(PreTrainedConfig):
             keeps the shorter name fusion_config for itself.)
         decoder_config: BertConfig of the causal answer decoder; default as the fusion encoder.
         selection: `SelectionConfig` or its fields as a mapping.
+        pretraining: `PretrainingConfig` or its fields as a mapping.
         initializer_range: standard deviation of new weights of the fusion encoder and heads; default the text
             encoder's.
 
@@ -259,6 +174,7 @@ class TripsConfig(PreTrainedConfig):
     fusion_encoder_config: Any = None
     decoder_config: Any = None
     selection: Any = None
+    pretraining: Any = None
     initializer_range: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -271,10 +187,8 @@ class TripsConfig(PreTrainedConfig):
         self.decoder_config = _as_config(self.decoder_config, None, "decoder_config") or bert_variant(
             self.fusion_encoder_config
         )
-        if self.selection is None:
-            self.selection = SelectionConfig()
-        elif not isinstance(self.selection, SelectionConfig):
-            self.selection = SelectionConfig.from_dict(self.selection)
+        self.selection = _as_options(self.selection, SelectionConfig)
+        self.pretraining = _as_options(self.pretraining, PretrainingConfig)
         self._check_families()
         if self.initializer_range is None:
             self.initializer_range = self.text_config.initializer_range
@@ -314,10 +228,7 @@ class TripsConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as JSON needs them."""
         values = super().to_dict()
-        values["selection"] = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self.selection).items()
-        }
+        values["selection"], values["pretraining"] = self.selection.to_dict(), self.pretraining.to_dict()
         return values
 
 

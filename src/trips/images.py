@@ -9,6 +9,7 @@ Legend: H, W height and width in pixels.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -77,6 +78,44 @@ def load_image(
     )
 
 
+@dataclass(frozen=True)
+class OpenedImage:
+    """An encoded picture whose header has been read; its pixels are decoded by `load`.
+
+    Attributes:
+        size: (width, height) in pixels of the upright picture in full.
+    """
+
+    size: tuple[int, int]
+    _image: Image.Image
+    _label: str
+
+    def load(self, min_size: tuple[int, int] | None = None) -> Image.Image:
+        """Decode; once.
+
+        Args:
+            min_size: as in `load_image`.
+        Raises:
+            DataError: as in `load_image`.
+        """
+        return _to_rgb(self._image, self._label, MAX_PIXELS, min_size)
+
+
+def open_image(data: bytes, *, name: str | None = None) -> OpenedImage:
+    """Read the header of an encoded picture, for callers who choose by its size how much of it to decode.
+
+    Args:
+        data: encoded picture.
+        name: how messages call it.
+    Raises:
+        DataError: empty, or not an image.
+    """
+    label = name or "image bytes"
+    image = _open(data, label)
+    width, height = image.size
+    return OpenedImage((height, width) if _orientation(image) >= 5 else (width, height), image, label)
+
+
 def _from_path(source: str | Path, name: str | None, max_pixels: int, min_size: tuple[int, int] | None) -> Image.Image:
     text = str(source)
     label = text if name is None or name == text else f"{name} ({text})"
@@ -109,13 +148,16 @@ def _from_file(file: IO[bytes], label: str, max_pixels: int, min_size: tuple[int
 
 
 def _from_bytes(data: bytes, label: str, max_pixels: int, min_size: tuple[int, int] | None) -> Image.Image:
+    return _to_rgb(_open(data, label), label, max_pixels, min_size)
+
+
+def _open(data: bytes, label: str) -> Image.Image:
     if not data:
         raise DataError("image is empty (0 bytes)", item=label)
     try:
-        image = Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data))
     except Exception as error:  # the plugins of Pillow raise a dozen types for damaged headers; all mean the same
         raise DataError(f"not a readable image ({len(data)} bytes): {_reason(error)}", item=label) from error
-    return _to_rgb(image, label, max_pixels, min_size)
 
 
 def _to_rgb(image: Image.Image, label: str, max_pixels: int, min_size: tuple[int, int] | None) -> Image.Image:
@@ -139,7 +181,7 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int, min_size: tuple[int
         return image.convert("RGB")
     except DataError:
         raise
-    except Exception as error:  # see _from_bytes: damaged pixels raise as many types as damaged headers
+    except Exception as error:  # see _open: damaged pixels raise as many types as damaged headers
         raise DataError(f"picture cannot be decoded ({width}x{height} px): {_reason(error)}", item=label) from error
 
 

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig, BertModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel, PreTrainedConfig, PreTrainedModel
 
-from trips.config import SelectionConfig, TripsConfig, bert_variant
+from trips.config import PretrainingConfig, SelectionConfig, TripsConfig, bert_variant
 from trips.errors import CheckpointError, ConfigError, TripsError, UnsupportedModelError
 from trips.model import TripsModel, TripsPreTrainedModel
 from trips.towers import family_of
@@ -137,6 +137,7 @@ def build_model_from_towers(
     num_fusion_layers: int = 6,
     num_decoder_layers: int | None = None,
     selection: SelectionConfig | None = None,
+    pretraining: PretrainingConfig | None = None,
     dropout: float | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
@@ -146,6 +147,7 @@ def build_model_from_towers(
     Where text and fusion layers together exceed the tower's, the last ones are used twice (a copy). Cross-attention
     has no public counterpart and starts as a copy of its layer's self-attention. A decoder copies the fusion encoder
     and the word embeddings (E.5).
+    The head for masked tokens is the BERT's own where its checkpoint has one; a momentum teacher starts as the model.
 
     Args:
         vision, text: local folders or hub names.
@@ -153,6 +155,7 @@ def build_model_from_towers(
         num_text_layers: n of the first layers. num_fusion_layers: n of the last layers.
         num_decoder_layers: of the answer decoder, as many as fusion layers unless given.
         selection: default setting of the model.
+        pretraining: objectives and teacher, for `TripsForPreTraining`.
         dropout: replaces the text tower's dropout where given.
         bos_token_id, eos_token_id: the tokenizer's [CLS] and [SEP], for a decoder.
     Returns:
@@ -178,6 +181,7 @@ def build_model_from_towers(
         fusion_encoder_config=bert_variant(text_tower.config, num_hidden_layers=num_fusion_layers, **crossed, **shared),
         decoder_config=bert_variant(text_tower.config, num_hidden_layers=num_decoder_layers, **crossed, **shared),
         selection=selection,
+        pretraining=pretraining,
     )
     model = task(config)
     trips = model if isinstance(model, TripsModel) else model.trips
@@ -189,9 +193,33 @@ def build_model_from_towers(
     if (decoder := getattr(model, "decoder", None)) is not None:
         decoder.bert.embeddings.load_state_dict(text_tower.embeddings.state_dict())
         _copy_layers(layers[total - len(decoder.bert.encoder.layer) :], decoder.bert.encoder.layer)
+    if (head := getattr(model, "mlm_head", None)) is not None:
+        _load_mlm_head(head, text, report)
     _account(model, report)
+    if (reset := getattr(model, "reset_momentum", None)) is not None:
+        reset()
     logger.info("imported %s and %s: %s", vision, text, report)
     return model, report
+
+
+_MLM_HEAD = "cls.predictions."
+
+
+def _load_mlm_head(head: nn.Module, text: str | Path, report: ImportReport) -> None:
+    """The head for masked tokens of a BERT's checkpoint, noted as loaded; without one it stays as it is."""
+    found = [name for name in report.ignored if name.startswith(f"text: {_MLM_HEAD}")]
+    if not any(".transform." in name for name in found):
+        return
+    bert, info = BertForMaskedLM.from_pretrained(
+        str(text), config=read_config(text), dtype=torch.float32, output_loading_info=True
+    )
+    if missing := [f"{_MLM_HEAD}{key}" for key in head.state_dict() if f"{_MLM_HEAD}{key}" in info["missing_keys"]]:
+        raise CheckpointError("missing keys", item=str(text), found=_first(missing))
+    head.load_state_dict(
+        {key: value for key, value in bert.cls.predictions.state_dict().items() if not key.startswith("decoder.")}
+    )
+    report.ignored = [name for name in report.ignored if name not in found]
+    report.loaded += [f"mlm_head.{key}" for key in head.state_dict()]
 
 
 def _copy_layers(source: Iterable[nn.Module], target: Iterable[nn.Module]) -> None:
@@ -210,9 +238,13 @@ def _copy_layers(source: Iterable[nn.Module], target: Iterable[nn.Module]) -> No
 
 
 def _account(model: nn.Module, report: ImportReport) -> None:
-    """Sort every tensor of the new model into loaded and initialised."""
+    """Sort every tensor of the new model into loaded and initialised; a momentum copy is what its original is."""
     new = ("decoder.cls.", "fusion.image_projection.", "vision.guide_map")
+    heads = ("image_projection.", "text_projection.", "itm_head.", "mlm_head.", "temperature", "queue.")
     tied = "decoder.cls.predictions.decoder.weight"  # the word embeddings under a second name
+    known = set(report.loaded)
     for name in model.state_dict():
-        is_new = name != tied and any(part in name for part in new)
-        (report.initialised if is_new else report.loaded).append(name)
+        original = name.removeprefix("momentum.")
+        is_new = name != tied and (any(part in name for part in new) or original.startswith(heads))
+        if name not in known:
+            (report.initialised if is_new and original not in known else report.loaded).append(name)

@@ -1,13 +1,15 @@
-"""How well a selection keeps what a text speaks of.
+"""What is measured: how well a selection keeps what a text speaks of, and how well images and texts find each other.
 
 Relevance recall: the share of the patches of what is mentioned that survive. Relevance gain: that, minus the same
 under a text of the same type about another image; it takes out what is kept whatever the text. Chance is the share of
 patches kept.
 
-Dimensions: B texts, k kept tokens, N patches.
+Dimensions: B texts, k kept tokens, N patches; Q queries, C candidates of retrieval.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +51,27 @@ def relevance_gain(kept: Tensor, kept_for_other: Tensor, relevant: Tensor) -> Te
         (B,) float32 in [-1, 1]; 0 for a guide that does not read.
     """
     return relevance_recall(kept, relevant) - relevance_recall(kept_for_other, relevant)
+
+
+def recall_at_k(scores: Tensor, relevant: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
+    """Share of queries with a relevant candidate among the best k (E.7: any of an image's captions counts).
+
+    A candidate that ties with another one ranks behind it, so scores that are all alike find nothing by luck of order.
+
+    Args:
+        scores: (Q, C), higher is better.
+        relevant: (Q, C) bool, at least one true per query.
+        ranks: the k.
+    Raises:
+        ShapeError: shapes differ, or a query without a relevant candidate.
+    """
+    if scores.shape != relevant.shape or scores.ndim != 2 or not bool(relevant.any(dim=1).all()):
+        raise ShapeError(
+            "every query needs a relevant candidate",
+            item="relevant",
+            found=tuple(relevant.shape),
+            expected=tuple(scores.shape),
+        )
+    best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+    ahead = ((scores >= best) & ~relevant).sum(dim=1)
+    return {k: (ahead < k).float().mean().item() for k in ranks}

@@ -9,7 +9,7 @@ Legend: B images or texts, H, W pixels of the model's input, L tokens of the lon
 
 from __future__ import annotations
 
-import json
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,25 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from trips.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from trips.errors import CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
 from trips.images import ImageSource, load_image
+from trips.processor_checks import (
+    CONFIG_NAME,
+    channels,
+    check_saved,
+    check_tokenizer,
+    image_list,
+    positive_int,
+    read_json,
+    string_list,
+    whole_patches,
+)
 
 logger = logging.getLogger("trips")
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_CONFIG_NAME = "processor_config.json"
 _RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 
@@ -63,17 +73,17 @@ class TripsProcessor(ProcessorMixin):
         add_sep: bool = False,
         jpeg_draft: bool = False,
     ) -> None:
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         super().__init__(tokenizer)
-        self.patch_size = _positive_int(patch_size, "patch_size")
-        self.image_size = _whole_patches(image_size, self.patch_size)
-        self.image_mean, self.image_std = _channels(image_mean, "image_mean"), _channels(image_std, "image_std")
+        self.patch_size = positive_int(patch_size, "patch_size")
+        self.image_size = whole_patches(image_size, self.patch_size)
+        self.image_mean, self.image_std = channels(image_mean, "image_mean"), channels(image_std, "image_std")
         if min(self.image_std) <= 0:
             raise ConfigError("must be positive", item="image_std", found=self.image_std)
         if resample not in _RESAMPLING:
             raise ConfigError("unknown filter", item="resample", found=resample, expected=f"one of {list(_RESAMPLING)}")
         self.resample = resample
-        self.max_text_length = _positive_int(max_text_length, "max_text_length")
+        self.max_text_length = positive_int(max_text_length, "max_text_length")
         if self.max_text_length < 3:
             raise ConfigError("no room for text", item="max_text_length", found=max_text_length, expected="3 or more")
         self.add_sep, self.jpeg_draft = bool(add_sep), bool(jpeg_draft)
@@ -110,7 +120,7 @@ class TripsProcessor(ProcessorMixin):
             raise ConfigError("nothing to process", item="TripsProcessor", expected="images, text or both")
         data: dict[str, Tensor] = {}
         if images is not None:
-            batch = _as_image_list(images)
+            batch = image_list(images)
             if isinstance(text, str) and len(batch) > 1:
                 raise ConfigError(
                     f"one string for {len(batch)} images",
@@ -121,8 +131,7 @@ class TripsProcessor(ProcessorMixin):
                 )
             data["pixel_values"] = self.normalise([self.resize(one, f"images[{i}]") for i, one in enumerate(batch)])
         if text is not None:
-            texts = [text] if isinstance(text, str) else _string_list(text, "text")
-            data |= self._pad(self._encode(texts, "text", self.add_sep), pad_to_multiple_of)
+            data |= self._pad(self.token_ids([text] if isinstance(text, str) else text), pad_to_multiple_of)
         return BatchFeature(data)
 
     def encode_answers(self, answers: list[str], pad_to_multiple_of: int | None = None) -> BatchFeature:
@@ -138,7 +147,7 @@ class TripsProcessor(ProcessorMixin):
             DataError: a blank answer; names its position.
         """
         return BatchFeature(
-            self._pad(self._encode(_string_list(answers, "answers"), "answers", sep=True), pad_to_multiple_of)
+            self._pad(self._encode(string_list(answers, "answers"), "answers", sep=True), pad_to_multiple_of)
         )
 
     def resize(self, image: ImageSource, name: str | None = None) -> np.ndarray:
@@ -155,10 +164,32 @@ class TripsProcessor(ProcessorMixin):
         return np.asarray(rgb.resize((width, height), _RESAMPLING[self.resample]))
 
     def normalise(self, arrays: list[np.ndarray]) -> Tensor:
-        """Turn what `resize` returns into `pixel_values`: B arrays (H, W, 3) uint8 to (B, 3, H, W) float32."""
-        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float()
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.image_mean, self.image_std))
-        return pixels.div_(255.0).sub_(mean).div_(std)
+        """Turn what `resize` returns into `pixel_values`: B arrays (H, W, 3) uint8 to (B, 3, H, W) float32.
+
+        Raises:
+            ShapeError: arrays of different sizes.
+        """
+        height, width = arrays[0].shape[:2]
+        if any(array.shape != (height, width, 3) for array in arrays):
+            found = sorted({array.shape for array in arrays})
+            raise ShapeError("images of a batch differ", item="images", found=found, expected="one size (H, W, 3)")
+        mean, std = (np.array(values).reshape(3, 1, 1) for values in (self.image_mean, self.image_std))
+        scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        pixel_values = torch.empty(len(arrays), 3, height, width)
+        # One image at a time, in the memory of the batch: it stays in the processor's cache for all three passes.
+        for image, array in zip(pixel_values.numpy(), arrays):
+            image[...] = array.transpose(2, 0, 1)
+            image *= scale
+            image += shift
+        return pixel_values
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """The texts of a call as token ids, not padded; many at once are cheaper than one by one.
+
+        Raises:
+            ConfigError, DataError: as in a call.
+        """
+        return self._encode(string_list(texts, "text"), "text", self.add_sep)
 
     def _encode(self, texts: list[str], item: str, sep: bool) -> list[list[int]]:
         """Token ids with [CLS], and [SEP] if asked, cut to `max_text_length`."""
@@ -168,7 +199,10 @@ class TripsProcessor(ProcessorMixin):
             except UnicodeEncodeError as error:  # half a surrogate pair; tokenizers would only say "wrong type"
                 raise DataError(f"is not valid Unicode: {error}", item=f"{item}[{i}]") from error
         # split_special_tokens: "[SEP]" typed by a user is text, not a token. verbose: the length is our business.
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, verbose=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )  # fmt: skip
         room = self.max_text_length - (2 if sep else 1)
         rows = []
         for i, pieces in enumerate(encoded["input_ids"]):
@@ -190,7 +224,7 @@ class TripsProcessor(ProcessorMixin):
     def _pad(self, rows: list[list[int]], multiple: int | None) -> dict[str, Tensor]:
         length = max(len(row) for row in rows)
         if multiple is not None:
-            length += -length % _positive_int(multiple, "pad_to_multiple_of")
+            length += -length % positive_int(multiple, "pad_to_multiple_of")
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         for i, row in enumerate(rows):
@@ -211,10 +245,11 @@ class TripsProcessor(ProcessorMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            _check_saved(folder / kwargs.get("subfolder", ""), cls.__name__)
+            known = [name for name in inspect.signature(TripsProcessor.__init__).parameters if name != "self"]
+            check_saved(folder / kwargs.get("subfolder", ""), cls.__name__, known)
         elif folder.exists() or len(folder.parts) > 2 or str(pretrained_model_name_or_path)[:1] in ("", ".", "/", "~"):
             # Not even the form of a hub id ("name" or "owner/name").
-            raise CheckpointError("no such folder", item=str(folder), expected=f"a folder with {_CONFIG_NAME}")
+            raise CheckpointError("no such folder", item=str(folder), expected=f"a folder with {CONFIG_NAME}")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except ConfigError:
@@ -243,7 +278,7 @@ class TripsProcessor(ProcessorMixin):
             UnsupportedModelError: the tower scales pixels to another range than [0, 1].
         """
         path = Path(source) / "preprocessor_config.json" if Path(source).is_dir() else Path(source)
-        stored = _read_json(path)
+        stored = read_json(path)
         if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
             raise UnsupportedModelError("scales pixels to another range than [0, 1]", item=str(path))
         found: dict[str, Any] = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
@@ -256,103 +291,6 @@ class TripsProcessor(ProcessorMixin):
             names = {int(filter_): name for name, filter_ in _RESAMPLING.items()}
             found["resample"] = names.get(stored["resample"], stored["resample"])
         if "patch_size" not in options:
-            config = _read_json(path.parent / "config.json")
+            config = read_json(path.parent / "config.json")
             found["patch_size"] = config.get("patch_size", config.get("vision_config", {}).get("patch_size"))
         return cls(tokenizer, image_size, **{**found, **options})
-
-
-def _as_image_list(images: ImageSource | list[ImageSource]) -> list[ImageSource]:
-    if isinstance(images, np.ndarray) and images.ndim == 4:
-        images = list(images)
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    if not images:
-        raise ConfigError("empty list", item="images", expected="at least one image")
-    return list(images)
-
-
-def _string_list(texts: object, item: str) -> list[str]:
-    if not isinstance(texts, (list, tuple)):
-        raise ConfigError("not a list of strings", item=item, found=texts, hint="put a single string in a list: [text]")
-    if not texts:
-        raise ConfigError("empty list", item=item, expected="at least one string")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError("not a string", item=f"{item}[{i}]", found=type(text).__name__, expected="text")
-    return list(texts)
-
-
-def _positive_int(value: object, item: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError("not a positive whole number", item=item, found=value)
-    return value
-
-
-def _channels(values: Any, item: str) -> list[float]:
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != 3 or not np.isfinite(numbers).all():
-        raise ConfigError("needs one number per channel", item=item, found=values, expected="3 numbers")
-    return numbers
-
-
-def _whole_patches(image_size: object, patch_size: int) -> tuple[int, int]:
-    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-    if len(sides) != 2:
-        raise ConfigError("wrong number of sides", item="image_size", found=image_size, expected="(height, width)")
-    height, width = (_positive_int(side, "image_size") for side in sides)
-    if min(height, width) < patch_size:
-        raise ConfigError(
-            "smaller than one patch", item="image_size", found=image_size, expected=f"at least {patch_size} px"
-        )
-    whole = (height - height % patch_size, width - width % patch_size)
-    if whole != (height, width):
-        logger.warning(
-            "image_size %s is not a multiple of patch_size %d; images become %s", (height, width), patch_size, whole
-        )
-    return whole
-
-
-def _check_tokenizer(tokenizer: object) -> None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ConfigError(
-            "not a tokenizer of transformers",
-            item="tokenizer",
-            found=type(tokenizer).__name__,
-            expected="a BERT WordPiece tokenizer",
-            hint="wrap a tokenizers.Tokenizer in transformers.PreTrainedTokenizerFast",
-        )
-    missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
-    if missing:
-        raise ConfigError("special tokens are not set", item="tokenizer", found=missing, expected="[CLS], [SEP], [PAD]")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError("file is missing", item=str(path)) from error
-    except (OSError, ValueError) as error:  # ValueError: broken JSON or not UTF-8
-        raise CheckpointError(f"file cannot be read: {error}", item=str(path)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError("not a JSON object", item=str(path), found=type(content).__name__)
-    return content
-
-
-def _check_saved(folder: Path, class_name: str) -> None:
-    """Name what is missing or foreign in a saved folder before transformers falls back to something else."""
-    stored = _read_json(folder / _CONFIG_NAME)
-    if stored.get("processor_class") != class_name:
-        raise CheckpointError(
-            "belongs to another processor",
-            item=str(folder / _CONFIG_NAME),
-            found=stored.get("processor_class"),
-            expected=class_name,
-        )
-    known = TripsProcessor.__init__.__code__.co_varnames[1 : TripsProcessor.__init__.__code__.co_argcount]
-    for key in stored.keys() - set(known) - {"processor_class", "auto_map"}:
-        raise CheckpointError("unknown key", item=str(folder / _CONFIG_NAME), found=key, expected=f"one of {known[1:]}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
-        raise CheckpointError("tokenizer files are missing", item=str(folder), expected="tokenizer.json")

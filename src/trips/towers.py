@@ -9,6 +9,7 @@ layer that does not select is called as the module it is.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -146,6 +147,20 @@ class TowerReader:
 
     def attend(self, index: int, states: Tensor) -> Tensor:
         """x' = x + SA(LN1 x), the pre-norm form of Eq. 1."""
+        return self._half(self._attend, index, states)
+
+    def feed_forward(self, index: int, states: Tensor) -> Tensor:
+        """y = x' + FFN(LN2 x')."""
+        return self._half(self._feed_forward, index, states)
+
+    def _half(self, half: Callable[[int, Tensor], Tensor], index: int, states: Tensor) -> Tensor:
+        """A half of a layer, recomputed in the backward pass if transformers would recompute the whole layer."""
+        layer = self.layers[index]
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            return layer._gradient_checkpointing_func(half, index, states)
+        return half(index, states)
+
+    def _attend(self, index: int, states: Tensor) -> Tensor:
         layer = self.layers[index]
         attention = getattr(layer, self.family.attention)
         out = attention(getattr(layer, self.family.attention_norm)(states), **_mask_argument(type(attention)))
@@ -154,8 +169,7 @@ class TowerReader:
             branch = getattr(layer, name)(branch)
         return states + branch
 
-    def feed_forward(self, index: int, states: Tensor) -> Tensor:
-        """y = x' + FFN(LN2 x')."""
+    def _feed_forward(self, index: int, states: Tensor) -> Tensor:
         layer = self.layers[index]
         branch = self.normed(index, states)
         for name in self.family.ffn:

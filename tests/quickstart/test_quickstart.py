@@ -14,9 +14,9 @@ from trips.errors import ConfigError
 from trips.metrics import kept_mask
 from trips.quickstart import run_quickstart
 from trips.quickstart.evaluation import evaluate_guide, other_image_partner
-from trips.quickstart.plan import GUIDES, QuickstartPlan
-from trips.quickstart.report import findings
-from trips.quickstart.stages import build_model, patch_labels
+from trips.quickstart.plan import GUIDES, REPORTED_START, VALIDATION_START, QuickstartPlan
+from trips.quickstart.report import answerable_gain, answerable_types, findings
+from trips.quickstart.stages import build_model, patch_labels, with_mixture
 from trips.tasks.vqa import TripsForQuestionAnswering
 
 
@@ -49,7 +49,7 @@ def test_findings_say_where_a_claim_does_not_hold():
     def row(guide, accuracy, speed):
         return {
             "guide": guide,
-            "accuracy": {"overall": accuracy},
+            "accuracy": {"overall": accuracy, "object": accuracy},
             "relevance_gain": {"5": 0.0},
             "relevance_gain_by_type": {"object": 0.0},
             "flops_g": 1.0,
@@ -62,6 +62,35 @@ def test_findings_say_where_a_claim_does_not_hold():
     assert any(line.startswith("DOES NOT HOLD: text_literal ahead of image") and "-10.0" in line for line in lines)
     assert any(line.startswith("holds: text_gate ahead of image") and "+10.0" in line for line in lines)
     assert any(line.startswith("DOES NOT HOLD: within one point") and "-20.0" in line for line in lines)
+
+
+def test_answerable_gain_is_the_mean_over_questions_of_types_that_can_be_answered():
+    full = {"accuracy": {"overall": 0.7, "object": 0.95, "background": 0.99, "existence": 0.55, "counting": 0.36}}
+    gains = {"object": 0.6, "background": 0.3, "relation": -0.1, "existence": 0.2, "counting": 0.1}
+    assert answerable_types(full) == ["object", "background"]
+    corpus, asked = SceneCorpus(seed=5), []
+    for number in range(300):
+        asked += [gains[q.type] for q in corpus.questions(number, 16) if q.type in ("object", "background")]
+    assert answerable_gain({"relevance_gain_by_type": gains}, full) == pytest.approx(np.mean(asked), abs=0.01)
+    assert answerable_gain({"relevance_gain_by_type": {}}, full) == 0.0
+    assert answerable_gain({"relevance_gain_by_type": gains}, {"accuracy": {"overall": 0.2}}) == 0.0
+
+
+def test_training_and_both_measured_parts_have_different_scenes():
+    plan = QuickstartPlan()
+    trained = (plan.bind_steps + plan.question_steps + plan.tune_steps) * plan.num_scenes
+    trained = max(trained, 2 * plan.label_steps * plan.num_scenes)
+    assert trained < TEST_START <= VALIDATION_START
+    assert VALIDATION_START + plan.test_scenes <= REPORTED_START == plan.first_scene
+
+
+def test_another_mixture_changes_the_questions_and_not_the_scenes():
+    corpus = SceneCorpus(seed=3)
+    batcher = SceneBatcher(corpus, scene_processor(corpus))
+    asked = with_mixture(batcher, (("background", 1.0),)).batch(7, 2, 5)
+    assert {question.type for question in asked.questions} == {"background"}
+    for scene, same in zip(asked.scenes, batcher.scenes(7, 2), strict=True):
+        assert (scene.image == same.image).all()
 
 
 def test_unknown_scale():
@@ -84,8 +113,8 @@ def test_evaluation_equals_one_question_at_a_time(guide):
     batcher, plan = SceneBatcher(corpus, scene_processor(corpus)), QuickstartPlan()
     torch.manual_seed(0)
     model, selection = build_model(plan, batcher.processor).eval(), plan.selection(guide)
-    measured = evaluate_guide(model, batcher, selection, num_scenes=3, num_questions=6)
-    batch = batcher.batch(TEST_START, 3, 6)
+    measured = evaluate_guide(model, batcher, selection, num_scenes=3, num_questions=6, first_scene=VALIDATION_START)
+    batch = batcher.batch(VALIDATION_START, 3, 6)
     correct, recalls = [], []
     for row, question in enumerate(batch.questions):
         ids = batch.tensors["input_ids"][row : row + 1, : batch.tensors["attention_mask"][row].sum()]

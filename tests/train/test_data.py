@@ -16,9 +16,10 @@ from trips.config import SelectionConfig
 from trips.data.loading import VqaCollator, VqaDataset
 from trips.data.records import BadSamples, Question, VqaRecord
 from trips.errors import ConfigError, DataError
+from trips.tasks.vqa import TripsForQuestionAnswering
 from trips.train.data import VqaTrainingData
 from trips.train.recipe import DataSection, ModelSection
-from trips.train.vqa import build_model, build_processor
+from trips.train.towers import build_model, build_processor
 
 
 def records(count: int, bad: tuple[int, ...] = ()) -> list[VqaRecord]:
@@ -34,9 +35,13 @@ def records(count: int, bad: tuple[int, ...] = ()) -> list[VqaRecord]:
     ]
 
 
+def texts_of(made: list[VqaRecord]) -> list[str]:
+    return [text for record in made for question in record.questions for text in (question.text, *question.answers)]
+
+
 def data(count: int = 11, bad: tuple[int, ...] = (), counted: bool = True, **options: Any) -> VqaTrainingData:
     made = records(count, bad)
-    processor = build_processor(ModelSection(vision="tiny", text="tiny"), DataSection(image_size=16), made)
+    processor = build_processor(ModelSection(vision="tiny", text="tiny"), DataSection(image_size=16), texts_of(made))
     dataset = VqaDataset(made, processor, BadSamples() if counted else None, max_questions_per_image=2, seed=5)
     return VqaTrainingData(
         dataset, VqaCollator(processor), **{"batch_size": 4, "seed": 3, "rank": 0, "world": 1, **options}
@@ -112,8 +117,8 @@ def test_the_loss_of_a_batch_is_that_of_its_answers_one_by_one() -> None:
         for i, record in enumerate(records(4))
     ]
     section = ModelSection(vision="tiny", text="tiny", selection=SelectionConfig(layers=(2, 3), keep_rate=0.5))
-    processor = build_processor(section, DataSection(image_size=16), made)
-    model = build_model(section, processor).eval()
+    processor = build_processor(section, DataSection(image_size=16), texts_of(made))
+    model = build_model(section, processor, TripsForQuestionAnswering).eval()
     dataset, collator = VqaDataset(made, processor, BadSamples()), VqaCollator(processor)
     (batch,) = VqaTrainingData(dataset, collator, batch_size=4, seed=3, rank=0, world=1).batches(0, 1)
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -197,6 +198,74 @@ def test_too_many_non_finite_steps_stop_the_run() -> None:
         train(Toy(), Data(poison=(1, 4)), settings)
 
 
+def test_samples_of_a_non_finite_step_are_written_down(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, accumulate=2, save_every=3)
+
+    def stop(info: StepInfo) -> None:
+        if info.step == 5:
+            raise InterruptedError
+
+    # Micro-batches 3 and 9 are in steps 2 and 5; the second is met again after the resume from step 3.
+    with pytest.raises(InterruptedError):
+        train(Toy(), Data(poison=(3, 9)), settings, out_dir=tmp_path, on_step=stop)
+    assert train(Toy(), Data(poison=(3, 9)), settings, out_dir=tmp_path).skipped == 2
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["process"]) for line in lines] == [(2, 0), (5, 0)]
+    assert lines[0]["sources"] == [f"shard.tar:{micro}-{i}" for micro in (2, 3) for i in range(6)]
+    assert lines[0]["losses"] == {"loss": "nan", "loss_twice": "nan"}
+    train(Toy(), Data(), settings, out_dir=tmp_path, resume="never")
+    assert not (tmp_path / "nonfinite.jsonl").exists()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_start_step_is_called_once_before_every_optimizer_step(tmp_path: Path, accumulate: int) -> None:
+    calls: list[object] = []
+
+    class Starting(Toy):
+        def start_step(self, step: int) -> None:
+            calls.append(step)
+
+        def forward(self, x: Tensor, y: Tensor) -> SimpleNamespace:
+            calls.append("forward")
+            return super().forward(x, y)
+
+    settings = dataclasses.replace(SETTINGS, steps=2, accumulate=accumulate)
+    train(Starting(), Data(), settings, out_dir=tmp_path)
+    assert calls == [0, *["forward"] * accumulate, 1, *["forward"] * accumulate]
+    calls.clear()
+    train(Starting(), Data(), dataclasses.replace(settings, steps=3), out_dir=tmp_path)
+    assert calls == [2, *["forward"] * accumulate]
+
+
+def test_the_contrastive_batch_is_a_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
+    class Contrastive(Toy):
+        contrastive = True
+
+    with caplog.at_level("INFO", logger="trips"):
+        report = train(Contrastive(), Data(), dataclasses.replace(SETTINGS, accumulate=4))
+    assert report.contrastive_batch == 6 and train(Toy(), Data(), SETTINGS).contrastive_batch is None
+    told = [record.message for record in caplog.records if "contrastive" in record.message]
+    assert len(told) == 1 and "compares 6 samples" in told[0] and "4 micro-batches" in told[0]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.save
+
+    def fill(value: Any, file: Any) -> None:
+        if value["step"] == 4:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(value, file)
+
+    monkeypatch.setattr(torch, "save", fill)
+    settings = dataclasses.replace(SETTINGS, save_every=2, keep_last=1)
+    with pytest.raises(CheckpointError, match=r"step-00000004\.pt: cannot be written.*No space left"):
+        train(Toy(), Data(), settings, out_dir=tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    assert train(Toy(), Data(), settings, out_dir=tmp_path).resumed_from == 2
+
+
 @pytest.mark.parametrize("crash", ["exception", "kill"])
 def test_a_crash_while_saving_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: str
@@ -264,6 +333,8 @@ def test_bad_input_is_named() -> None:
         dataclasses.replace(SETTINGS, accumulate=0)
     with pytest.raises(ConfigError, match="precision"):
         dataclasses.replace(SETTINGS, precision="fp8")
+    with pytest.raises(ConfigError, match="parallel.*auto | ddp | fsdp"):
+        dataclasses.replace(SETTINGS, parallel="tensor")
     with pytest.raises(DataError, match="step 3"):
         short = SimpleNamespace(batches=lambda start, num: Data().batches(start, 2))
         train(Toy(), short, SETTINGS)

@@ -123,7 +123,9 @@ def test_empty_file_and_empty_section_are_the_defaults(tmp_path: Path) -> None:
 def test_every_key_is_explained() -> None:
     def check(kind: type, prefix: str) -> list[str]:
         names = []
-        for name, hint in typing.get_type_hints(kind).items():
+        hints = typing.get_type_hints(kind)
+        for name in (field.name for field in dataclasses.fields(kind)):
+            hint = hints[name]
             assert f"    {name}: " in kind.__doc__, f"{prefix}{name} has no line in the docstring of {kind.__name__}"
             names += check(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
         return names

@@ -26,7 +26,8 @@ from trips.train.checkpoint import read_checkpoint
 from trips.train.recipe import Recipe
 from trips.train.recipe_io import load_recipe
 from trips.train.run import evaluate_run, run_recipe, train_settings
-from trips.train.vqa import build_data, evaluate_vqa, majority_accuracy, resolve_tower
+from trips.train.towers import resolve_tower
+from trips.train.vqa import build_data, evaluate_vqa, majority_accuracy
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "navy, blue": (0, 0, 200)}

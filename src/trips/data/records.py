@@ -83,6 +83,7 @@ class BadSamples:
         self.limit, self.minimum = limit, minimum
         self.errors: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._number = 0
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -90,7 +91,7 @@ class BadSamples:
     @property
     def num_seen(self) -> int:
         """Number of different samples seen, good and bad."""
-        return len(self._seen)
+        return max(len(self._seen), self._number)
 
     @property
     def num_allowed(self) -> int:
@@ -100,6 +101,10 @@ class BadSamples:
     def saw(self, source: str) -> None:
         """Count a sample, good or bad, towards the number that a share refers to."""
         self._seen.add(source)
+
+    def saw_number(self, number: int) -> None:
+        """Tell how many different samples were seen so far, where they are too many to keep their names."""
+        self._number = max(self._number, number)
 
     @contextmanager
     def guard(self, source: str) -> Iterator[None]:

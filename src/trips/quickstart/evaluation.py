@@ -42,16 +42,18 @@ def evaluate_guide(
     num_questions: int,
     seed: int = 0,
     blank: bool = False,
+    first_scene: int = TEST_START,
 ) -> dict[str, Any]:
     """Answer by ranking all answers, and score what was kept.
 
     Args:
         model: in any mode; left in evaluation mode.
-        batcher: of the corpus; the test part is used.
+        batcher: of the corpus.
         selection: setting.
         num_scenes: scenes. num_questions: about each.
         seed: of the random guide.
         blank: replace the images by zeros (an image-blind control).
+        first_scene: number of the first scene; from `TEST_START` on training never saw it.
     Returns:
         ``accuracy`` overall and per type; ``relevance_recall`` and ``relevance_gain`` per layer, means over questions;
         ``relevance_gain_by_type`` at the last location.
@@ -61,7 +63,7 @@ def evaluate_guide(
     generator = torch.Generator(device=device).manual_seed(seed)
     tally = _Tally([], [], {}, {})
     for start in range(0, num_scenes, _SCENES_A_BATCH):
-        batch = batcher.batch(TEST_START + start, min(_SCENES_A_BATCH, num_scenes - start), num_questions)
+        batch = batcher.batch(first_scene + start, min(_SCENES_A_BATCH, num_scenes - start), num_questions)
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items() if "answer" not in name}
         if blank:
             tensors["pixel_values"] = torch.zeros_like(tensors["pixel_values"])

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trips.config import SelectionConfig
 from trips.data.scene_batches import TEST_START, SceneBatcher
-from trips.data.scenes import QUESTION_TYPES
+from trips.data.scenes import QUESTION_TYPES, SceneConfig, text_prior
 from trips.paper.figures import draw_selection, selection_row
 from trips.quickstart.plan import QuickstartPlan
 from trips.tasks.vqa import TripsForQuestionAnswering
@@ -37,6 +37,29 @@ def results_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def answerable_types(full: dict[str, Any]) -> list[str]:
+    """Question types that the model without selection answers: 20 points above the best guess without the picture.
+
+    Args:
+        full: the row "none".
+    """
+    return [kind for kind in QUESTION_TYPES if full["accuracy"].get(kind, 0.0) > text_prior(kind) + 0.2]
+
+
+def answerable_gain(row: dict[str, Any], full: dict[str, Any]) -> float:
+    """Relevance gain at the last location over questions of `answerable_types`, in the shares of the corpus.
+
+    Args:
+        row: any row. full: the row "none".
+    Returns:
+        the mean, 0 where no type can be answered or the row selects nothing. Where the model does not look for the
+        answer there is nothing to be learnt about what to keep: these types would measure the model, not the guide.
+    """
+    shares = {kind: share for kind, share in SceneConfig().mixture if kind in answerable_types(full)}
+    gains = row["relevance_gain_by_type"]
+    return sum(share * gains.get(kind, 0.0) for kind, share in shares.items()) / (sum(shares.values()) or 1.0)
+
+
 def findings(rows: list[dict[str, Any]], plan: QuickstartPlan) -> list[str]:
     """The paper's claims against the table: each sentence says whether the claim holds here."""
     by_guide, last = {row["guide"]: row for row in rows}, str(plan.layers[-1])
@@ -54,13 +77,13 @@ def findings(rows: list[dict[str, Any]], plan: QuickstartPlan) -> list[str]:
     lines.append(
         f"{'holds' if lead >= -1 else 'DOES NOT HOLD'}: within one point of no selection: {best} {lead:+.1f} points"
     )
-    for name, key in (("all questions", None), ("questions about objects", "object")):
-        gains = {
-            guide: by_guide[guide]["relevance_gain"][last]
-            if key is None
-            else by_guide[guide]["relevance_gain_by_type"][key]
-            for guide in texts
-        }
+    answerable = " and ".join(answerable_types(by_guide["none"])) or "nothing"
+    for name, gain_of in (
+        ("all questions", lambda row: row["relevance_gain"][last]),
+        (f"questions that can be answered ({answerable})", lambda row: answerable_gain(row, by_guide["none"])),
+        ("questions about objects", lambda row: row["relevance_gain_by_type"]["object"]),
+    ):
+        gains = {guide: gain_of(by_guide[guide]) for guide in texts}
         shown = ", ".join(f"{guide} {gain:+.2f}" for guide, gain in gains.items())
         lines.append(f"relevance gain at layer {last} (0: the text is ignored), {name}: {shown}")
     operations = by_guide["none"]["flops_g"] / by_guide[best]["flops_g"]

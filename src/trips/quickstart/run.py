@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+from trips.config import SelectionConfig
 from trips.data.scene_batches import SceneBatcher, scene_processor
 from trips.data.scenes import SceneConfig, SceneCorpus
 from trips.environment import describe_environment
@@ -17,6 +18,7 @@ from trips.quickstart.evaluation import evaluate_guide, flops_of, throughput_of
 from trips.quickstart.plan import GUIDES, QuickstartPlan, Scale
 from trips.quickstart.report import draw_kept_patches, findings
 from trips.quickstart.stages import build_model, fine_tune, warm_up
+from trips.tasks.vqa import TripsForQuestionAnswering
 
 logger = logging.getLogger("trips")
 
@@ -58,7 +60,7 @@ def run_quickstart(out: str | Path = "runs/quickstart", seed: int = 0, scale: Sc
 
 
 def compare_guides(
-    plan: QuickstartPlan, seed: int, selections: dict[str, Any]
+    plan: QuickstartPlan, seed: int, selections: dict[str, SelectionConfig]
 ) -> tuple[list[dict[str, Any]], dict[str, tuple], SceneBatcher]:
     """Warm up once, then fine-tune and measure one copy per named selection.
 
@@ -68,29 +70,51 @@ def compare_guides(
     Returns:
         the rows of the table, the models with their selections by name, the batcher.
     """
-    set_seed(seed)
-    corpus = SceneCorpus(SceneConfig(), seed=seed)
-    batcher = SceneBatcher(corpus, scene_processor(corpus))
-    warm = build_model(plan, batcher.processor)
-    began = time.perf_counter()
-    warm_up(warm, batcher, plan, seed)
-    logger.info("warm-up took %.0f s", time.perf_counter() - began)
+    warm, batcher = warmed_up_model(plan, seed)
     rows, models = [], {}
     for name, selection in selections.items():
-        model, report = fine_tune(warm, batcher, plan, selection, seed)
+        row, model = measured_row(name, warm, batcher, plan, selection, seed)
+        rows.append(row)
         models[name] = (model, selection)
-        measured = evaluate_guide(model, batcher, selection, plan.test_scenes, plan.test_questions, seed)
-        logger.info("%s: %.1f %% after %.0f s", name, 100 * measured["accuracy"]["overall"], report.seconds)
-        rows.append(
-            {
-                "guide": name,
-                "keep_rates": list(selection.rates) if selection.active else [1.0] * len(selection.layers),
-                **measured,
-                "flops_g": flops_of(model, selection, _TEXT_LENGTH),
-                "train_seconds": round(report.seconds, 1),
-            }
-        )
     speeds = throughput_of(models, batcher, plan.timing_rounds)
     for row in rows:
         row["throughput"] = speeds[row["guide"]]
     return rows, models, batcher
+
+
+def warmed_up_model(plan: QuickstartPlan, seed: int) -> tuple[TripsForQuestionAnswering, SceneBatcher]:
+    """The model that every row starts from, and the scenes of the seed; a function of plan and seed."""
+    set_seed(seed)
+    corpus = SceneCorpus(SceneConfig(), seed=seed)
+    batcher = SceneBatcher(corpus, scene_processor(corpus))
+    model, began = build_model(plan, batcher.processor), time.perf_counter()
+    warm_up(model, batcher, plan, seed)
+    logger.info("warm-up took %.0f s", time.perf_counter() - began)
+    return model, batcher
+
+
+def measured_row(
+    name: str,
+    warm: TripsForQuestionAnswering,
+    batcher: SceneBatcher,
+    plan: QuickstartPlan,
+    selection: SelectionConfig,
+    seed: int,
+) -> tuple[dict[str, Any], TripsForQuestionAnswering]:
+    """Fine-tune a copy of the warmed-up model with a selection and measure it: a row of the table, the model.
+
+    The row depends on its arguments alone, not on the rows before it.
+    """
+    model, report = fine_tune(warm, batcher, plan, selection, seed)
+    measured = evaluate_guide(
+        model, batcher, selection, plan.test_scenes, plan.test_questions, seed, first_scene=plan.first_scene
+    )
+    logger.info("%s: %.1f %% after %.0f s", name, 100 * measured["accuracy"]["overall"], report.seconds)
+    row = {
+        "guide": name,
+        "keep_rates": list(selection.rates) if selection.active else [1.0] * len(selection.layers),
+        **measured,
+        "flops_g": flops_of(model, selection, _TEXT_LENGTH),
+        "train_seconds": round(report.seconds, 1),
+    }
+    return row, model

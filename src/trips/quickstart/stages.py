@@ -23,7 +23,7 @@ from trips.config import SelectionConfig, TripsConfig, bert_variant
 from trips.data.scene_batches import SceneBatcher, SceneVqaData
 from trips.data.scenes import BACKGROUND_COLOURS, BANDS, COLOURS, SHAPES, TEXTURES, Scene, SceneCorpus
 from trips.processor import TripsProcessor
-from trips.quickstart.plan import QuickstartPlan
+from trips.quickstart.plan import Mixture, QuickstartPlan
 from trips.tasks.vqa import TripsForQuestionAnswering
 from trips.train.loop import train
 from trips.train.schedule import SelectionSchedule
@@ -38,7 +38,6 @@ LABEL_CLASSES = {
     "band_texture": len(TEXTURES),
 }
 _BAND_WEIGHT = 0.3  # of the labels of the background beside those of the objects, which are harder
-_BINDING_MIXTURE = (("object", 0.45), ("background", 0.275), ("existence", 0.275))
 _BETA2 = 0.98  # short runs: the usual 0.999 remembers the first, wild gradients for most of them
 
 
@@ -147,6 +146,14 @@ class PatchLabelData:
             yield {"pixel_values": self.batcher.pixels(scenes), **labels}
 
 
+def with_mixture(batcher: SceneBatcher, mixture: Mixture) -> SceneBatcher:
+    """The same scenes with other shares of the question types."""
+    corpus = batcher.corpus
+    return SceneBatcher(
+        SceneCorpus(dataclasses.replace(corpus.config, mixture=mixture), corpus.seed), batcher.processor
+    )
+
+
 def warm_up(
     model: TripsForQuestionAnswering, batcher: SceneBatcher, plan: QuickstartPlan, seed: int
 ) -> list[TrainReport]:
@@ -164,15 +171,14 @@ def warm_up(
     data = PatchLabelData(batcher, 2 * plan.num_scenes, model.config.vision_config.patch_size)
     reports = [train(labels, data, settings)]
     model.trips.vision.requires_grad_(False)
-    easy = SceneCorpus(dataclasses.replace(batcher.corpus.config, mixture=_BINDING_MIXTURE), batcher.corpus.seed)
-    questions = SceneVqaData(
-        SceneBatcher(easy, batcher.processor), plan.num_scenes, plan.num_questions, plan.curriculum
-    )
+    easy = with_mixture(batcher, plan.bind_mixture)
+    questions = SceneVqaData(easy, plan.num_scenes, plan.num_questions, plan.curriculum)
     settings = TrainSettings(
         steps=plan.bind_steps, lr=plan.bind_lr, warmup_steps=min(50, plan.bind_steps), lr_floor=1.0, **common
     )
     reports.append(train(model, questions, settings))
-    questions = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
+    full = with_mixture(batcher, plan.question_mixture)
+    questions = SceneVqaData(full, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
     settings = TrainSettings(steps=plan.question_steps, lr=plan.bind_lr, lr_floor=0.4, **common)
     reports.append(train(model, questions, settings))
     model.trips.vision.requires_grad_(True)
@@ -198,6 +204,7 @@ def fine_tune(
         log_every=100,
         beta2=_BETA2,
     )
-    data = SceneVqaData(batcher, plan.num_scenes, plan.num_questions, offset=plan.bind_steps + plan.question_steps)
+    full = with_mixture(batcher, plan.question_mixture)
+    data = SceneVqaData(full, plan.num_scenes, plan.num_questions, offset=plan.bind_steps + plan.question_steps)
     schedule = SelectionSchedule(selection, plan.tune_steps, plan.keep_rate_warmup, distill_every=plan.distill_every)
     return model, train(model, data, settings, schedule=schedule)

@@ -21,8 +21,8 @@ from transformers.utils import ModelOutput
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
 from trips.fusion import bidirectional_mask
-from trips.losses import IGNORED, answer_log_likelihood, answer_loss, guidance_distillation_loss
-from trips.model import TripsModel, TripsOutput, TripsPreTrainedModel
+from trips.losses import IGNORED, answer_log_likelihood, answer_loss, selection_distillation_loss
+from trips.model import TripsModel, TripsPreTrainedModel
 from trips.selection import Selection
 from trips.vision import VisionPrefix
 
@@ -154,7 +154,8 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         result.loss = answer_loss(likelihood, weights, states.shape[0])
         result.loss_answer = result.loss.detach()
         if distill:
-            loss_distill = _distillation(output, selection.distill_temperature)
+            logits = [record.logits for record in output.selections]
+            loss_distill = selection_distillation_loss(logits, output.image_attention, selection.distill_temperature)
             result.loss = result.loss + selection.distill_weight * loss_distill
             result.loss_distill = loss_distill.detach()
         return result
@@ -267,10 +268,3 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
 def predicted_tokens(answer_mask: Tensor) -> Tensor:
     """(M,) places of (A, T - 1), row-major, whose following token belongs to an answer; waits for the device."""
     return answer_mask[:, 1:].flatten().nonzero().squeeze(1)
-
-
-def _distillation(output: TripsOutput, temperature: float) -> Tensor:
-    """Mean over locations of the divergence from the fusion's (sharpened) attention to the location's a_cls."""
-    teacher = output.image_attention ** (1 / temperature)
-    teacher = teacher / teacher.sum(dim=1, keepdim=True)
-    return torch.stack([guidance_distillation_loss(record.logits, teacher) for record in output.selections]).mean()

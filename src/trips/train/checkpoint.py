@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trips.errors import CheckpointError
 
@@ -145,7 +146,51 @@ def clear_checkpoints(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], item: Path) -> None:
+def gathered(value: Any, keep: bool = True) -> Any:
+    """A state with every sharded tensor whole and on the CPU; other values as they are.
+
+    Whole tensors make a checkpoint independent of how it was sharded. All processes must call it alike.
+
+    Args:
+        value: tensors in dicts and lists.
+        keep: False takes part in the gathering, one tensor at a time, and keeps None in place of the sharded ones.
+    """
+    return _gathered(value, keep, {})
+
+
+def _gathered(value: Any, keep: bool, seen: dict[int, Tensor | None]) -> Any:
+    if isinstance(value, DTensor):
+        if id(value) not in seen:  # tied parameters are gathered once, and stay tied in the file
+            whole = value.detach().full_tensor()
+            seen[id(value)] = whole.cpu() if keep else None
+        return seen[id(value)]
+    if isinstance(value, Mapping):
+        return {key: _gathered(part, keep, seen) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_gathered(part, keep, seen) for part in value]
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def like(value: Any, target: Any) -> Any:
+    """This process's part of a whole tensor where the target of the same shape is sharded; else the value itself."""
+    if not (isinstance(target, DTensor) and isinstance(value, Tensor) and value.shape == target.shape):
+        return value
+    value = value.to(target.device)
+    # Every process has read the whole: no messages.
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a whole optimizer state, each process its shards where the parameters are sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: like(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor], item: Path) -> None:
     """Load parameters and buffers, after checking that names and shapes are the model's own.
 
     Raises:
@@ -157,7 +202,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], item: 
     problems += [
         f"{name} of shape {tuple(state[name].shape)} for {tuple(value.shape)}"
         for name, value in own.items()
-        if name in state and isinstance(value, torch.Tensor) and state[name].shape != value.shape
+        if name in state and isinstance(value, Tensor) and state[name].shape != value.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -167,4 +212,4 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], item: 
             found="; ".join(problems[:3]) + more,
             hint="resume with the settings of that run, or choose another output folder",
         )
-    model.load_state_dict(state)
+    model.load_state_dict({name: like(state[name], value) for name, value in own.items()})

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from trips.data.loading import VqaCollator, VqaDataset, VqaItem
 from trips.data.records import BadSamples
 from trips.errors import ConfigError, DataError
+from trips.train.signals import leave_to_parent
 
 
 class VqaTrainingData:
@@ -83,7 +84,7 @@ class VqaTrainingData:
             batch_sampler=([(epoch, i) for i in chosen] for epoch, chosen in map(self.indices, steps)),
             collate_fn=self.collator,
             num_workers=self.num_workers,
-            worker_init_fn=_tolerate if self.num_workers else None,
+            worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -124,7 +125,8 @@ class _EpochView(Dataset):
         return self.dataset[index]
 
 
-def _tolerate(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Let a worker hand on every bad sample: an error raised there would arrive as a traceback in a string."""
+    leave_to_parent()
     dataset = torch.utils.data.get_worker_info().dataset.dataset
     dataset.bad_samples = BadSamples(limit=len(dataset))

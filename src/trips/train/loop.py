@@ -2,7 +2,7 @@
 
 A run is a pure function of its settings: the data answer for a step, dropout follows the seeded generators, and both
 are restored on resume, so that an interrupted run ends with the bits of an uninterrupted one (on a CPU; on a GPU as
-far as its kernels are deterministic).
+far as its kernels are deterministic). Several processes share the model as `trips.train.parallel` says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,20 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trips.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
-from trips.train.checkpoint import (
-    clear_checkpoints,
-    load_model_state,
-    newest_checkpoint,
-    read_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
-from trips.train.monitor import LossWindow, Monitor, NonFiniteGuard
+from trips.distributed import alone
+from trips.errors import DataError, MissingDependencyError
+from trips.train.checkpoint import rng_state, save_checkpoint, set_rng_state
+from trips.train.lock import RunLock
+from trips.train.monitor import LossWindow, Monitor
+from trips.train.nonfinite import NonFiniteGuard
 from trips.train.optim import build_adamw, build_schedule, learning_rates, parameter_groups
+from trips.train.parallel import ParallelModel, clip_gradients, on_main
+from trips.train.resume import RunState
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import Evaluator, StepInfo, TrainingData, TrainReport, TrainSettings
+from trips.train.signals import Agreement, Interruption
+from trips.train.speed import FlopsPerSample, Speedometer
+from trips.train.trackers import open_trackers
 
 logger = logging.getLogger("trips")
 
@@ -47,31 +46,59 @@ def train(
     resume: Literal["auto", "never"] | str | Path = "auto",
     on_step: Callable[[StepInfo], None] | None = None,
     evaluator: Evaluator | None = None,
+    flops_per_sample: FlopsPerSample | None = None,
+    locked: bool = False,
 ) -> TrainReport:
     """Train a model in place.
 
+    SIGTERM and the first Ctrl-C end the run after the step at hand, with a checkpoint (``TrainReport.interrupted``).
+
     Args:
         model: ``forward(**tensors)`` returns an object or mapping with a scalar ``loss``; other scalars called
-            ``loss_*`` are logged. With a schedule it is also given ``selection`` and ``distill``. It is moved to
-            accelerate's device and left in training mode.
+            ``loss_*`` are logged. With a schedule it is also given ``selection`` and ``distill``. Its
+            ``start_step(step)``, if it has one, is called before every optimizer step, with 0 before the first; an
+            attribute ``contrastive = True`` says that its loss compares the samples of a micro-batch with each other.
+            It is moved to accelerate's device and left in training mode; under FSDP a sharded copy is trained, and
+            this one is given the result at the end.
         data: see `TrainingData`.
         settings: see `TrainSettings`.
         schedule: selection setting per step; None leaves it to the model.
-        out_dir: for checkpoints, metrics.jsonl and TensorBoard events; None writes nothing.
+        out_dir: for checkpoints, metrics.jsonl, nonfinite.jsonl and TensorBoard events; None writes nothing. One run
+            at a time.
         resume: "auto" goes on from the newest checkpoint in out_dir if there is one; "never" starts anew and removes
-            the checkpoints there; a path goes on from that checkpoint.
+            the checkpoints there; a path goes on from that checkpoint. Checkpoints of DDP, FSDP and one process are
+            interchangeable.
         on_step: called after every optimizer step.
         evaluator: called with the bare model in evaluation mode, without gradient, on the first process; does not
             change the course of the training.
+        flops_per_sample: floating-point operations of training on one sample, for the share of the device's peak
+            (MFU) in the log; see `Speedometer`.
+        locked: the caller holds the `RunLock` of out_dir already.
     Raises:
         ConfigError: settings out of range, nothing to train, a model without a loss.
         DataError: the data end early, or too many steps with a non-finite loss; names step and samples.
-        CheckpointError: the checkpoint is missing, damaged or of another model, or cannot be written.
-        MissingDependencyError: accelerate is not installed.
+        CheckpointError: the checkpoint is missing, damaged or of another model, or cannot be written; another run is
+            writing to out_dir.
+        MissingDependencyError: accelerate or a tracker is not installed.
     """
-    run = _Run(model, settings, schedule, Path(out_dir) if out_dir is not None else None, on_step, evaluator)
-    run.resume(resume)
-    return run.fit(data)
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingDependencyError(
+            "is not installed", item="accelerate", hint='pip install "trips-vlm[train]"'
+        ) from error
+    # Precision is autocast's business below: accelerate keeps it in a global that the next run could not change.
+    accelerator = Accelerator(mixed_precision="no")
+    lock = RunLock(Path(out_dir)) if out_dir is not None and not locked else None
+    if lock is not None:
+        on_main(accelerator, lock.acquire)
+    try:
+        run = _Run(model, settings, schedule, out_dir and Path(out_dir), on_step, evaluator, accelerator)
+        run.state.take_up(resume, run.folder)
+        return run.fit(data, flops_per_sample)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 class _Run:
@@ -85,125 +112,101 @@ class _Run:
         out_dir: Path | None,
         on_step: Callable[[StepInfo], None] | None,
         evaluator: Evaluator | None,
+        accelerator: Any,
     ) -> None:
-        try:
-            from accelerate import Accelerator, DistributedDataParallelKwargs
-            from accelerate.utils import set_seed
-        except ImportError as error:
-            raise MissingDependencyError(
-                "is not installed", item="accelerate", hint='pip install "trips-vlm[train]"'
-            ) from error
-        # Precision is autocast's business below: accelerate keeps it in a global that the next run could not change.
-        # Pre-trained towers have parameters without a use here (mask tokens), which DDP must be told to look for.
-        self.accelerator = Accelerator(
-            mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-        )
+        from accelerate.utils import set_seed
+
         set_seed(settings.seed, device_specific=True)
+        self.accelerator, self.out_dir = accelerator, out_dir
         self.settings, self.schedule, self.on_step, self.evaluator = settings, schedule, on_step, evaluator
-        self.out_dir = out_dir
-        self.bare = model.to(self.accelerator.device).train()
-        groups = parameter_groups(model, settings.lr, settings.vision_lr, settings.weight_decay)
-        self.base_optimizer = build_adamw(groups, (0.9, settings.beta2))
-        self.lr_schedule = build_schedule(self.base_optimizer, settings.steps, settings.warmup_steps, settings.lr_floor)
-        self.model, self.optimizer = self.accelerator.prepare(model, self.base_optimizer)
+        self.parallel = ParallelModel(model, settings, accelerator, () if schedule is None else (schedule.base,))
+        self.trained = self.parallel.trained
+        groups = parameter_groups(self.trained, settings.lr, settings.vision_lr, settings.weight_decay)
+        self.optimizer = build_adamw(groups, (0.9, settings.beta2))
+        self.lr_schedule = build_schedule(self.optimizer, settings.steps, settings.warmup_steps, settings.lr_floor)
+        self.state = RunState(self.parallel, self.optimizer, self.lr_schedule, settings, accelerator)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.start, self.skipped = 0, 0
-        self.checkpoint: Path | None = None
+        self.agreement = Agreement(accelerator.device, accelerator.num_processes)
+        device = accelerator.device.type
+        self.bf16 = settings.precision == "bf16" or (
+            settings.precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+        )
         self.evaluation: dict[str, float] = {}
+        self.contrastive_batch: int | None = None
 
     @property
     def folder(self) -> Path | None:
         return None if self.out_dir is None else self.out_dir / "checkpoints"
 
-    def resume(self, resume: str | Path) -> None:
-        """Take up the checkpoint that the argument of `train` asks for."""
-        found: tuple[Path, dict[str, Any]] | None = None
-        if resume == "never":
-            if self.folder is not None and self.accelerator.is_main_process:
-                clear_checkpoints(self.folder)
-            self.accelerator.wait_for_everyone()
-        elif resume != "auto":
-            found = Path(resume), read_checkpoint(Path(resume))
-        elif self.folder is not None:
-            found = newest_checkpoint(self.folder)
-        if found is None:
-            return
-        path, state = found
-        load_model_state(self.bare, state["model"], path)
-        if state["step"] > self.settings.steps:
-            raise CheckpointError(
-                "lies beyond the end of this run", item=path, found=state["step"], expected=f"<= {self.settings.steps}"
-            )
-        self.base_optimizer.load_state_dict(state["optimizer"])
-        self.lr_schedule.load_state_dict(state["schedule"])
-        rank, own = self.accelerator.process_index, dataclasses.asdict(self.settings)
-        if len(state["rng"]) == self.accelerator.num_processes:
-            set_rng_state(state["rng"][rank])
-        else:
-            logger.warning("%s is of a run with %d processes: not the same bits", path, len(state["rng"]))
-        if changed := sorted(k for k in own if k not in _HARMLESS and own[k] != state["settings"].get(k)):
-            told = ", ".join(f"{key} {state['settings'].get(key)} -> {own[key]}" for key in changed)
-            logger.warning("%s is of a run with other settings, which go on from here: %s", path, told)
-        self.start, self.skipped, self.checkpoint = state["step"], state["skipped"], path
-        logger.info("resumed from %s", path)
-
-    def fit(self, data: TrainingData) -> TrainReport:
+    def fit(self, data: TrainingData, flops_per_sample: FlopsPerSample | None) -> TrainReport:
         """Run the steps that are left."""
-        settings, main = self.settings, self.accelerator.is_main_process
-        if self.out_dir is not None:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        guard = NonFiniteGuard(settings.max_nonfinite, self.skipped)
-        window, losses = LossWindow(), {}
+        settings, main, start = self.settings, self.accelerator.is_main_process, self.state.step
+        guard = NonFiniteGuard(settings.max_nonfinite, self.state.skipped, self.out_dir, start)
+        window, losses, interrupted = LossWindow(), {}, False
         # A flag costs nothing to read on a CPU; a GPU would be waited for, so there it is read with the log line.
         check_every = 1 if self.accelerator.device.type == "cpu" else settings.log_every
-        micro = data.batches(self.start * settings.accumulate, (settings.steps - self.start) * settings.accumulate)
-        samples, logged, seconds = 0, 0, 0.0
-        clock = lap = time.perf_counter()
-        with Monitor(self.out_dir, settings.steps, self.start, enabled=main) as monitor:
-            for step in range(self.start + 1, settings.steps + 1):
-                rates = learning_rates(self.base_optimizer.param_groups)
-                info, finite, count, sources = self._step(step, micro)
-                guard.record(step, finite, sources)
+        micro = data.batches(start * settings.accumulate, (settings.steps - start) * settings.accumulate)
+        told = dataclasses.asdict(settings)
+        step, trackers = (
+            start,
+            on_main(self.accelerator, lambda: open_trackers(settings.trackers, self.out_dir, start, told)),
+        )
+        monitor = Monitor(self.out_dir, settings.steps, start, trackers=trackers or (), enabled=main)
+        speed = Speedometer(self.accelerator.device, self.accelerator.num_processes, self.bf16, flops_per_sample)
+        with monitor, Interruption() as interruption:
+            while step < settings.steps and not interrupted:
+                step += 1
+                rates = learning_rates(self.optimizer.param_groups)
+                info, finite, count, sources = self._step(step, micro, interruption)
+                interrupted = self.agreement.stop() and step < settings.steps
+                guard.record(step, finite, info.losses, sources)
                 window.add(info.losses, finite)
-                samples += count
-                log = step % settings.log_every == 0 or step == settings.steps
+                speed.add(info, count)
+                log = step % settings.log_every == 0 or step == settings.steps or interrupted
                 if log or step % check_every == 0:
                     guard.check()
                 if log:
                     losses = self._over_processes(window.read())
-                    now = time.perf_counter()
-                    speed = (samples - logged) * self.accelerator.num_processes / max(now - lap, 1e-9)
-                    monitor.log(step, {**losses, **rates, "samples_per_second": speed, "skipped": guard.skipped})
-                    logged, lap = samples, now
+                    monitor.log(step, {**losses, **rates, **speed.lap(), "skipped": guard.skipped})
                 monitor.advance(step)
                 if self.on_step is not None:
                     self.on_step(info)
-                seconds += time.perf_counter() - clock
-                paused = time.perf_counter()
+                with speed.pause():
+                    if self._due(step, settings.eval_every):
+                        self._evaluate(step, monitor)
+                    if self._due(step, settings.save_every) or interrupted:
+                        self._save(step, guard)
+            seconds, samples_per_second = speed.seconds, speed.samples_per_second
+            if start == settings.steps:
                 self._evaluate(step, monitor)
-                self.skipped = guard.skipped
-                self._save(step, guard)
-                clock = time.perf_counter()
-                lap += clock - paused
-            if self.start == settings.steps:
-                self._evaluate(settings.steps, monitor)
-        total = samples * self.accelerator.num_processes
+        if interrupted:
+            logger.warning("interrupted by a signal after step %d of %d", step, settings.steps)
+        self.parallel.finish()
         return TrainReport(
-            steps=settings.steps,
-            resumed_from=self.start,
+            steps=step,
+            resumed_from=start,
             seconds=seconds,
-            samples_per_second=total / seconds if seconds else 0.0,
+            samples_per_second=samples_per_second,
             losses=losses,
             skipped=guard.skipped,
             evaluation=self.evaluation,
-            checkpoint=self.checkpoint,
+            checkpoint=self.state.checkpoint,
+            interrupted=interrupted,
+            contrastive_batch=self.contrastive_batch,
         )
 
-    def _step(self, step: int, micro: Iterator[dict[str, Any]]) -> tuple[StepInfo, Tensor, int, tuple[str, ...]]:
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.settings.steps or bool(every and step % every == 0)
+
+    def _step(
+        self, step: int, micro: Iterator[dict[str, Any]], interruption: Interruption
+    ) -> tuple[StepInfo, Tensor, int, tuple[str, ...]]:
         """One optimizer step: forward and backward over its micro-batches, clip, update unless not finite."""
-        settings, accelerator = self.settings, self.accelerator
+        settings, device = self.settings, self.accelerator.device
         selection, distill = self.schedule.at(step - 1) if self.schedule is not None else (None, False)
         extra = {} if self.schedule is None else {"selection": selection, "distill": distill}
+        if hasattr(self.trained, "start_step"):
+            self.trained.start_step(step - 1)
         totals: dict[str, Tensor] = {}
         count, sources = 0, []
         for index in range(settings.accumulate):
@@ -212,22 +215,31 @@ class _Run:
                 raise DataError("the training data end before the run does", item=f"step {step}")
             sources += batch.get("sources") or ()
             tensors = {
-                key: value.to(accelerator.device, non_blocking=True)
-                for key, value in batch.items()
-                if isinstance(value, Tensor)
+                key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)
             }
             count += _num_samples(tensors)
             last = index == settings.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else self.parallel.no_sync():
                 with self._autocast():
-                    losses = _losses(self.model(**tensors, **extra), self.bare)
-                accelerator.backward(losses["loss"] / settings.accumulate)
+                    losses = self.parallel.losses(**tensors, **extra)
+                (losses["loss"] / settings.accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / settings.accumulate
-        norm = accelerator.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
-        finite = torch.isfinite(norm) & torch.isfinite(totals["loss"])
+            if self.contrastive_batch is None and getattr(self.trained, "contrastive", False):
+                self._tell_contrast(_num_samples(tensors))
+        norm = clip_gradients(self.parameters, settings.clip_norm or math.inf)
+        finite = self.agreement.exchange(torch.isfinite(norm) & torch.isfinite(totals["loss"]), interruption.requested)
         self._update(finite)
         return StepInfo(step, selection, distill, totals), finite, count, tuple(sources)
+
+    def _tell_contrast(self, samples: int) -> None:
+        processes, parts = self.accelerator.num_processes, self.settings.accumulate
+        self.contrastive_batch = samples * processes
+        logger.info(
+            "the contrastive loss compares %d samples: a micro-batch of %d in %d process(es)%s",
+            *(samples * processes, samples, processes),
+            f"; the {parts} micro-batches of a step do not see each other" if parts > 1 else "",
+        )
 
     def _over_processes(self, losses: dict[str, float]) -> dict[str, float]:
         """Mean of each loss over the processes, whose schedules, and so whose names, agree."""
@@ -238,9 +250,9 @@ class _Run:
 
     def _update(self, finite: Tensor) -> None:
         """Optimizer and schedule step; parameters and moments stay as they are where the step is not finite."""
-        if self.base_optimizer.defaults["fused"]:
+        if self.optimizer.defaults["fused"]:
             # The flag by which gradient scalers tell a fused optimizer to leave out a step: the device reads it itself.
-            self.base_optimizer.found_inf = (~finite).float()
+            self.optimizer.found_inf = (~finite).float()
             self.optimizer.step()
         elif bool(finite):
             self.optimizer.step()
@@ -249,65 +261,29 @@ class _Run:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         device = self.accelerator.device.type
-        bf16 = self.settings.precision == "bf16" or (
-            self.settings.precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     def _evaluate(self, step: int, monitor: Monitor) -> None:
-        every = self.settings.eval_every
-        if self.evaluator is None or not (step == self.settings.steps or (every and step % every == 0)):
+        if self.evaluator is None:
             return
-        if self.accelerator.is_main_process:
-            state = rng_state()
-            self.bare.eval()
-            with torch.no_grad(), self._autocast():
-                self.evaluation = dict(self.evaluator(self.bare))
-            self.bare.train()
-            set_rng_state(state)
-            monitor.log(step, self.evaluation, kind="evaluation")
+        with self.parallel.whole() as model:
+            if self.accelerator.is_main_process:
+                state = rng_state()
+                model.eval()
+                with torch.no_grad(), self._autocast(), alone():
+                    self.evaluation = dict(self.evaluator(model))
+                model.train()
+                set_rng_state(state)
+                monitor.log(step, self.evaluation, kind="evaluation")
         self.accelerator.wait_for_everyone()
 
     def _save(self, step: int, guard: NonFiniteGuard) -> None:
-        every = self.settings.save_every
-        if self.folder is None or not (step == self.settings.steps or (every and step % every == 0)):
+        if self.folder is None:
             return
-        from accelerate.utils import gather_object
-
         guard.check()
-        states = gather_object([rng_state()])
-        if self.accelerator.is_main_process:
-            self.checkpoint = save_checkpoint(
-                self.folder,
-                {
-                    "step": step,
-                    "model": self.bare.state_dict(),
-                    "optimizer": self.base_optimizer.state_dict(),
-                    "schedule": self.lr_schedule.state_dict(),
-                    "rng": states,
-                    "skipped": guard.skipped,
-                    "settings": dataclasses.asdict(self.settings),
-                },
-                keep_last=self.settings.keep_last,
-            )
-        self.accelerator.wait_for_everyone()
-
-
-# Settings that do not change the parameters a run ends with.
-_HARMLESS = frozenset(("log_every", "save_every", "keep_last", "eval_every", "max_nonfinite"))
-
-
-def _losses(output: Any, model: nn.Module) -> dict[str, Tensor]:
-    """``loss`` and the other ``loss_*`` scalars of an output."""
-    fields = output if isinstance(output, Mapping) else vars(output)
-    losses = {
-        name: value
-        for name, value in fields.items()
-        if (name == "loss" or name.startswith("loss_")) and isinstance(value, Tensor) and value.ndim == 0
-    }
-    if "loss" not in losses:
-        raise ConfigError("its forward returned no scalar loss", item=type(model).__name__, found=sorted(fields))
-    return losses
+        state = self.state.collect(step, guard.skipped)
+        path = on_main(self.accelerator, lambda: save_checkpoint(self.folder, state, keep_last=self.settings.keep_last))
+        self.state.checkpoint = path or self.state.checkpoint
 
 
 def _num_samples(tensors: Mapping[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar for people, log lines, metrics.jsonl, TensorBoard.
+"""What a training run tells: a progress bar for people, log lines, metrics.jsonl, trackers.
 
 Values arrive here as plain numbers; `LossWindow` keeps them on the device until then.
 """
@@ -9,16 +9,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from trips.errors import DataError
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger("trips")
 
@@ -51,64 +52,28 @@ class LossWindow:
         return means
 
 
-class NonFiniteGuard:
-    """Counts the steps whose loss or gradient was not finite, names their samples, stops past a limit.
-
-    Flags stay on the device until `check`, so that a GPU is not waited for at every step.
-
-    Args:
-        limit: skipped steps tolerated in the whole run.
-        skipped: steps skipped before a resume.
-    """
-
-    def __init__(self, limit: int, skipped: int = 0) -> None:
-        self.limit, self.skipped = limit, skipped
-        self._pending: list[tuple[int, Tensor, tuple[str, ...]]] = []
-
-    def record(self, step: int, finite: Tensor, sources: tuple[str, ...]) -> None:
-        """Note the flag of a step (1 for the first) and where its samples came from."""
-        self._pending.append((step, finite, sources))
-
-    def check(self) -> None:
-        """Read the flags noted since the last call.
-
-        Raises:
-            DataError: more steps than the limit were skipped; names the step and its samples.
-        """
-        if not self._pending:
-            return
-        flags = torch.stack([finite for _, finite, _ in self._pending]).tolist()
-        bad = [(step, sources) for (step, _, sources), finite in zip(self._pending, flags) if not finite]
-        self._pending = []
-        for step, sources in bad:
-            self.skipped += 1
-            named = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
-            if self.skipped > self.limit:
-                raise DataError(
-                    "loss or gradient is not finite",
-                    item=f"step {step}",
-                    found=f"samples {named}" if named else None,
-                    hint=f"{self.skipped} steps were skipped for it, {self.limit} are tolerated; look at these samples "
-                    "or lower the learning rate",
-                )
-            logger.warning(
-                "step %d: loss or gradient is not finite, step skipped; samples: %s", step, named or "unnamed"
-            )
-
-
 class Monitor:
     """Progress bar, log lines and metric files of one run, as a context manager.
 
     Args:
-        out_dir: where metrics.jsonl and the TensorBoard events go; None writes neither.
+        out_dir: where metrics.jsonl goes; None writes none.
         total: steps of the whole run.
         start: steps already done; later lines of an interrupted run are dropped from metrics.jsonl.
+        trackers: from `open_trackers`; closed at the end.
         enabled: False on all processes but the first.
     """
 
-    def __init__(self, out_dir: Path | None, total: int, start: int, *, enabled: bool = True) -> None:
-        self.total, self.start, self.enabled = total, start, enabled
-        self._file = self._board = None
+    def __init__(
+        self,
+        out_dir: Path | None,
+        total: int,
+        start: int,
+        *,
+        trackers: Sequence[GeneralTracker] = (),
+        enabled: bool = True,
+    ) -> None:
+        self.total, self.start, self.enabled, self.trackers = total, start, enabled, trackers
+        self._file = None
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -122,10 +87,9 @@ class Monitor:
         self._task = self._bar.add_task("train", total=total, completed=start, note="")
         if out_dir is not None and enabled:
             path = out_dir / "metrics.jsonl"
-            kept = _lines_until(path, start)
+            kept = lines_until(path, start)
             self._file = open(path, "w", encoding="utf-8")
             self._file.writelines(kept)
-            self._board = _summary_writer(out_dir / "tensorboard", start)
 
     def __enter__(self) -> Monitor:
         self._bar.start()
@@ -135,8 +99,8 @@ class Monitor:
         self._bar.stop()
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def advance(self, step: int) -> None:
         """Move the bar to a number of steps done."""
@@ -148,7 +112,7 @@ class Monitor:
         Args:
             step: steps done.
             values: names and plain numbers.
-            kind: "train" or "evaluation"; prefix of the TensorBoard names.
+            kind: "train" or "evaluation"; prefix of the names in trackers.
         """
         if not self.enabled:
             return
@@ -159,9 +123,8 @@ class Monitor:
             record = {"kind": kind, "step": step, "time": round(time.time(), 3), **_plain(values)}
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        for tracker in self.trackers:
+            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
 
 def _short(value: float) -> str:
@@ -173,8 +136,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Lines of an earlier run up to a step; a half-written last line goes."""
+def lines_until(path: Path, step: int) -> list[str]:
+    """Lines of a file of JSON records up to a step, from an earlier part of the run; a half-written last line goes."""
     if step == 0 or not path.is_file():
         return []
     kept = []
@@ -185,21 +148,3 @@ def _lines_until(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
-
-
-_missing_board_told = False
-
-
-def _summary_writer(folder: Path, start: int) -> Any:
-    """TensorBoard writer, or None with one warning per process where TensorBoard is not installed."""
-    global _missing_board_told
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if not _missing_board_told:
-            logger.warning(
-                'no TensorBoard events: pip install "trips-vlm[train]" (metrics.jsonl is written all the same)'
-            )
-            _missing_board_told = True
-        return None
-    return SummaryWriter(str(folder), purge_step=start + 1)

