@@ -90,3 +90,23 @@ def test_schedule_scales_each_group_by_its_own_peak() -> None:
     assert seen[2] == pytest.approx({"lr": 1e-3, "vision_lr": 1e-4})
     middle = 0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2
     assert seen[6] == pytest.approx({"lr": 1e-3 * middle, "vision_lr": 1e-4 * middle})
+
+
+def test_heads_have_a_rate_of_their_own_where_one_is_given() -> None:
+    class Headed(nn.Module):
+        heads = ("head",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    model = Headed()
+    alike = {group["name"]: group for group in parameter_groups(model, 1e-3, 1e-4, 0.05)}
+    assert set(alike) == {"rest", "rest_no_decay"} and len(alike["rest"]["params"]) == 2
+    groups = {group["name"]: group for group in parameter_groups(model, 1e-3, 1e-4, 0.05, 1e-2)}
+    assert groups["head"]["params"][0] is model.head.weight and groups["head"]["lr"] == 1e-2
+    assert groups["head_no_decay"]["params"][0] is model.head.bias and groups["head_no_decay"]["weight_decay"] == 0
+    assert groups["rest"]["params"][0] is model.body.weight and groups["rest"]["lr"] == 1e-3
+    assert learning_rates(list(groups.values())) == {"lr": 1e-3, "head_lr": 1e-2}
+    with pytest.raises(ConfigError, match="head_lr"):
+        parameter_groups(model, 1e-3, 1e-4, 0.05, -1.0)

@@ -61,6 +61,7 @@ class TripsForPreTraining(TripsPreTrainedModel):
         config: see `TripsConfig`; ``config.pretraining`` holds the choices of this class.
     """
 
+    heads = ("image_projection", "text_projection", "itm_head", "mlm_head", "temperature")  # start at random
     contrastive = True  # the loss depends on how many pairs meet in one forward pass
     _keys_to_ignore_on_load_missing = [r"^momentum\.", r"^queue\."]
 

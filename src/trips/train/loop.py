@@ -121,7 +121,8 @@ class _Run:
         self.settings, self.schedule, self.on_step, self.evaluator = settings, schedule, on_step, evaluator
         self.parallel = ParallelModel(model, settings, accelerator, () if schedule is None else (schedule.base,))
         self.trained = self.parallel.trained
-        groups = parameter_groups(self.trained, settings.lr, settings.vision_lr, settings.weight_decay)
+        rates = settings.lr, settings.vision_lr, settings.weight_decay, settings.head_lr
+        groups = parameter_groups(self.trained, *rates)
         self.optimizer = build_adamw(groups, (0.9, settings.beta2))
         self.lr_schedule = build_schedule(self.optimizer, settings.steps, settings.warmup_steps, settings.lr_floor)
         self.state = RunState(self.parallel, self.optimizer, self.lr_schedule, settings, accelerator)

@@ -1,7 +1,7 @@
 """Optimizer: parameter groups, AdamW, learning-rate schedule (section 4.1, and ALBEF's rules where it is silent).
 
 The paper trains the vision tower at a rate of its own (1e-5 beside 1e-4 in pre-training), so the groups are vision
-and rest, each crossed with decay and no decay.
+and rest, each crossed with decay and no decay. Heads that no public checkpoint has may have a third rate.
 """
 
 from __future__ import annotations
@@ -37,34 +37,44 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and parts[-1] != "bias" and _UNDECAYED.isdisjoint(parts)
 
 
-def parameter_groups(model: nn.Module, lr: float, vision_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Vision and rest crossed with decay and no decay; every trainable parameter lies in exactly one group.
+def parameter_groups(
+    model: nn.Module, lr: float, vision_lr: float, weight_decay: float, head_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Vision, rest and heads crossed with decay and no decay; every trainable parameter lies in exactly one group.
 
     Args:
         model: the module to train; vision parameters are those under a submodule named ``vision``. Tied parameters
-            count once, under their first name.
+            count once, under their first name. A model names its heads in an attribute ``heads``.
         lr: peak learning rate of everything but vision.
         vision_lr: peak learning rate of the vision tower.
         weight_decay: decoupled weight decay of the decayed groups.
+        head_lr: peak learning rate of the heads; None counts them to the rest.
     Returns:
-        Non-empty groups for a torch optimizer, in a fixed order, with an extra key ``name``: "vision",
-        "vision_no_decay", "rest" or "rest_no_decay".
+        Non-empty groups for a torch optimizer, in a fixed order, with an extra key ``name``: "vision", "rest" or
+        "head", or these with "_no_decay".
     Raises:
         ConfigError: a negative value, or nothing to train.
     """
-    for item, value in (("lr", lr), ("vision_lr", vision_lr), ("weight_decay", weight_decay)):
+    rates = {"vision": vision_lr, "rest": lr, "head": lr if head_lr is None else head_lr}
+    for item, value in (
+        ("lr", lr),
+        ("vision_lr", vision_lr),
+        ("head_lr", rates["head"]),
+        ("weight_decay", weight_decay),
+    ):
         if not (math.isfinite(value) and value >= 0):
             raise ConfigError("must not be negative", item=item, found=value)
-    members: dict[str, list[nn.Parameter]] = {"vision": [], "vision_no_decay": [], "rest": [], "rest_no_decay": []}
+    heads = getattr(model, "heads", ()) if head_lr is not None else ()
+    members: dict[str, list[nn.Parameter]] = {f"{kind}{end}": [] for kind in rates for end in ("", "_no_decay")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = "vision" if is_vision(name) else "rest"
+            group = "vision" if is_vision(name) else "head" if name.split(".")[0] in heads else "rest"
             members[group if is_decayed(name, parameter) else f"{group}_no_decay"].append(parameter)
     groups = [
         {
             "name": name,
             "params": parameters,
-            "lr": vision_lr if name.startswith("vision") else lr,
+            "lr": rates[name.removesuffix("_no_decay")],
             "weight_decay": 0.0 if name.endswith("no_decay") else weight_decay,
         }
         for name, parameters in members.items()
@@ -112,5 +122,6 @@ def build_schedule(
 
 
 def learning_rates(groups: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Current rates for the log: ``lr`` of the rest and ``vision_lr``, as far as there are such groups."""
-    return {"vision_lr" if group["name"].startswith("vision") else "lr": group["lr"] for group in groups}
+    """Current rates for the log: ``lr`` of the rest, ``vision_lr``, ``head_lr``, as far as there are such groups."""
+    kinds = {group["name"].removesuffix("_no_decay"): group["lr"] for group in groups}
+    return {"lr" if kind == "rest" else f"{kind}_lr": rate for kind, rate in kinds.items()}

@@ -97,6 +97,8 @@ class OptimSection:
     Attributes:
         lr: peak learning rate of everything but the vision tower.
         vision_lr: peak learning rate of the vision tower; 0 freezes it.
+        head_lr: peak learning rate of the heads of pre-training (projections, matching, masked words), which start
+            from random weights; null takes lr.
         weight_decay: decoupled; not on biases, norms, [CLS] and position tables.
         warmup_steps: steps of linear warm-up.
         lr_floor: share of the peak where the warm-up starts and the cosine ends.
@@ -110,6 +112,7 @@ class OptimSection:
 
     lr: float = 2e-5
     vision_lr: float = 2e-5
+    head_lr: float | None = None
     weight_decay: float = 0.02
     warmup_steps: int = 400
     lr_floor: float = 0.1
@@ -251,6 +254,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.num_workers": (0, _INF),
     "optim.lr": (0, _INF),
     "optim.vision_lr": (0, _INF),
+    "optim.head_lr": (0, _INF),
     "optim.weight_decay": (0, _INF),
     "optim.warmup_steps": (0, _INF),
     "optim.lr_floor": (0, 1),

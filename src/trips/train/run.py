@@ -180,6 +180,7 @@ def train_settings(recipe: Recipe, num_images: int) -> TrainSettings:
         steps=steps,
         lr=optim.lr,
         vision_lr=optim.vision_lr,
+        head_lr=optim.head_lr,
         weight_decay=optim.weight_decay,
         warmup_steps=optim.warmup_steps,
         lr_floor=optim.lr_floor,

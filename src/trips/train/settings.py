@@ -40,6 +40,7 @@ class TrainSettings:
         steps: optimizer steps of the whole run.
         lr: peak learning rate of everything but vision.
         vision_lr: peak learning rate of the vision tower.
+        head_lr: peak learning rate of the heads that the model names; None takes lr.
         weight_decay: decoupled weight decay.
         beta2: decay of AdamW's second moment.
         warmup_steps: steps until the peak.
@@ -66,6 +67,7 @@ class TrainSettings:
     steps: int
     lr: float = 1e-4
     vision_lr: float = 1e-5
+    head_lr: float | None = None
     weight_decay: float = 0.02
     beta2: float = 0.999
     warmup_steps: int = 0
