@@ -41,6 +41,7 @@ BEHIND = {
     "train": ("--optim.steps=2", "--optim.warmup_steps=1", "--run.top_k=2"),
     "evaluate": ("--run.top_k=2",),
     "recipes": (),
+    "data": (),
 }
 # What the make targets stand for; the others are only checked to exist.
 TARGETS = {"quickstart": "trips quickstart"}
@@ -94,6 +95,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.effect_noise((320, 240), 60).convert("RGB").save(folder / "kitchen.jpg")
     for split, count in (("train", 17), ("test", 2)):
         write_tar(folder / "data" / f"daquar-{split}-000.tar", split, count, (folder / "kitchen.jpg").read_bytes())
+    write_album(folder / "album", 16)
     shutil.copytree(REPOSITORY / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     return folder
 
@@ -125,11 +127,23 @@ def write_tar(path: Path, split: str, count: int, image: bytes) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
+def write_album(folder: Path, count: int) -> None:
+    """Photos with a caption each, as a camera and a table would have them."""
+    folder.mkdir()
+    lines = ["image,caption"]
+    for i in range(count):
+        Image.effect_noise((80, 60), 20 + 5 * i).convert("RGB").save(folder / f"{i}.jpg")
+        lines.append(f"{i}.jpg,cup number {i} on the table")
+    (folder / "captions.csv").write_text("\n".join(lines))
+
+
 # --- running
 
 
 def check(words: list[str], where: str) -> list[str] | None:
     """Check one command of a document; return the arguments of trips if it is one that can be run here."""
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable of the environment
+        words = words[1:]
     if words[0] == "make":
         makefile = read("Makefile")
         for target in words[1:]:
@@ -147,7 +161,7 @@ def check(words: list[str], where: str) -> list[str] | None:
         for option in (word for word in words[2:] if word.startswith("--")):
             assert f'"{option}"' in script.read_text(encoding="utf-8"), f"{where}: no option {option}"
         return None
-    if words[0] == "torchrun":
+    if words[0] in ("torchrun", "accelerate"):
         verb, recipe, *overrides = words[words.index("trips.cli") + 1 :]
         assert words[words.index("trips.cli") - 1] == "-m" and verb == "train", where
         load_recipe(recipe, overrides)

@@ -265,13 +265,23 @@ def test_a_transform_gets_picture_generator_and_text(tmp_path: Path) -> None:
     assert plain.caption_id != runs[0][0].caption_id  # of what the model reads
     augmented = dataset(pattern, transform=TrainTransform(SIZE))[0, 0]
     assert augmented.pixels.shape == (SIZE, SIZE, 3) and augmented.source == plain.source
-    made = dataset(pattern, transform=TrainTransform(SIZE))
-    made.processor.jpeg_draft, taken = True, made.locate(0, 3)
-    data, rng = made.read(taken).image, np.random.default_rng((0, 0, 3, 0))
-    assert np.array_equal(made[0, 3].pixels, made.transform.decode(data, rng, "")[0])
     for wrong in (np.zeros((SIZE, SIZE), np.uint8), np.zeros((SIZE, SIZE, 3), np.float32)):
         with pytest.raises(ShapeError, match=r"made/00000\.tar"):
             dataset(pattern, BadSamples(), transform=lambda *_, wrong=wrong: (wrong, "a"))[0, 0]
+
+
+def test_jpeg_draft_holds_for_crops_too(tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    image.save(tmp_path / "a.jpg")
+    data, transform = (tmp_path / "a.jpg").read_bytes(), TrainTransform(SIZE)
+    write_tar(tmp_path / "a.tar", {"k": {"jpg": data, "txt": b"a dog"}})
+    made, found = dataset(str(tmp_path / "a.tar"), transform=transform), []
+    for draft in (False, True):
+        made.processor.jpeg_draft = draft
+        found.append(made[0, 0].pixels)
+    assert np.array_equal(found[0], transform(load_image(data), np.random.default_rng((0, 0, 0, 0)), "")[0])
+    assert np.array_equal(found[1], transform.decode(data, np.random.default_rng((0, 0, 0, 0)), "")[0])
+    assert not np.array_equal(*found)
 
 
 def test_a_batch_is_that_of_its_pairs_one_by_one(tmp_path: Path) -> None:

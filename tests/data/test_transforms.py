@@ -301,7 +301,7 @@ def test_decoding_what_is_large_takes_the_same_crop_of_no_fewer_pixels(seed: int
     with pytest.MonkeyPatch.context() as patch:
         decoded: list[Image.Image] = []
         load = OpenedImage.load
-        patch.setattr(OpenedImage, "load", lambda *arguments: decoded.append(load(*arguments)) or decoded[0])
+        patch.setattr(OpenedImage, "load", lambda self, min_size: decoded.append(load(self, min_size)) or decoded[0])
         array, _ = transform.decode(data, rng, "")
     left, top, right, bottom = crop_box(width, height, transform.scale, np.random.default_rng(seed))
     factor = min((right - left) / 20, (bottom - top) / 16)  # how much finer the crop is than the result
@@ -309,7 +309,8 @@ def test_decoding_what_is_large_takes_the_same_crop_of_no_fewer_pixels(seed: int
     assert reduction <= factor * 1.01 or reduction == 1
     assert reduction > min(factor / 2, 8) * 0.95  # a coarser one would still do, if there was one
     expected, _ = transform(load_image(data), again, "")
-    assert np.abs(array.astype(int) - expected).mean() < 2 and np.abs(array.astype(int) - expected).max() < 25
+    # One pixel to the side would be 1 on the average already.
+    assert np.abs(array.astype(int) - expected).mean() < 0.8 and np.abs(array.astype(int) - expected).max() < 8
 
 
 def test_real_photo(shared_dir) -> None:

@@ -139,7 +139,7 @@ def test_two_nodes_whose_worker_is_killed_go_on_by_themselves(
                 )
             )
     try:
-        codes = [agent.wait(timeout=120) for agent in agents]
+        codes = [agent.wait(timeout=240) for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from faulty_server import serve
 from hypothesis import given
 from hypothesis import strategies as st
-from pair_shards import jpeg, pair_processor, sample, write_corpus, write_tar
+from pair_shards import SIZE, jpeg, pair_processor, sample, write_corpus, write_tar
+from PIL import Image
 
 from trips.data.order import CorpusOrder, MixedOrder
 from trips.data.pair_batches import PairCollator
@@ -60,6 +63,17 @@ def test_workers_change_nothing(corpora: list[Corpus], workers: int) -> None:
     assert alone.dataset.bad_samples.errors == shared.dataset.bad_samples.errors
     assert alone.dataset.bad_samples.errors.keys() == {"second/00000.tar:bad", "second/00000.tar:nul"}
     assert alone.dataset.bad_samples.num_seen == shared.dataset.bad_samples.num_seen == 17
+
+
+def test_workers_leave_ctrl_c_to_their_parent(corpora: list[Corpus]) -> None:
+    def transform(image: Image.Image, rng: np.random.Generator, text: str) -> tuple[np.ndarray, str]:
+        return np.full((SIZE, SIZE, 3), signal.getsignal(signal.SIGINT) is signal.SIG_IGN, np.uint8), text
+
+    for workers in (0, 1):
+        made = data(corpora, num_workers=workers)
+        made.dataset.transform = transform
+        pixels = next(made.batches(0, 1))["pixel_values"]
+        assert torch.equal(pixels[:1], PROCESSOR.normalise([np.full((SIZE, SIZE, 3), workers, np.uint8)]))
 
 
 @pytest.mark.parametrize("processes", [2, 3])

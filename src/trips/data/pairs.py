@@ -170,7 +170,10 @@ class PairDataset(Dataset):
         retries = self.cache.retries
         places = [self.locate(*key) for key in keys]
         records = [self._try(self._parse, self.read(place), place) for place in places]
-        drawn = [record and self._try(self._draw, *part) for record, *part in zip(records, records, places, keys)]
+        drawn = [
+            None if record is None else self._try(self._draw, record, place, key)
+            for record, place, key in zip(records, places, keys)
+        ]
         encoded = iter(self._encode([one.text for one in drawn if one is not None]))
         items = []
         for key, one in zip(keys, drawn):

@@ -114,10 +114,9 @@ class TrainTransform:
         height, width = self._size
         needed = math.ceil(height * full_height / (bottom - top)), math.ceil(width * full_width / (right - left))
         image = opened.load(min_size=needed)
-        # Multiplied first: the far edges come out exact, and Pillow refuses a box that ends beyond the picture.
-        horizontal = left * image.width / full_width, right * image.width / full_width
-        vertical = top * image.height / full_height, bottom * image.height / full_height
-        return self._change(image, (horizontal[0], vertical[0], horizontal[1], vertical[1]), rng, text)
+        # 1, 2, 4 or 8; the last pixel of a row may stand for fewer, so the quotient of the widths is not exact.
+        step = round(max(full_width, full_height) / max(image.size))
+        return self._change(image, (left / step, top / step, right / step, bottom / step), rng, text)
 
     @property
     def _size(self) -> tuple[int, int]:

@@ -53,14 +53,15 @@ def build_processor(model: ModelSection, data: DataSection, texts: Iterable[str]
     """
     if model.text != "tiny":
         tokenizer = _load_tokenizer(resolve_tower(model.text))
-    elif model.start_from is not None:
+    elif model.start_from is not None and Path(model.start_from).is_dir():  # if not, `start_from` says so
         tokenizer = TripsProcessor.from_pretrained(model.start_from).tokenizer
     else:
         tokenizer = _tiny_tokenizer(texts)
+    options = {"max_text_length": data.max_text_length, "jpeg_draft": data.jpeg_draft}
     if model.vision == "tiny":
-        return TripsProcessor(tokenizer, data.image_size, patch_size=_TINY_PATCH, max_text_length=data.max_text_length)
+        return TripsProcessor(tokenizer, data.image_size, patch_size=_TINY_PATCH, **options)
     folder = _config_folder(resolve_tower(model.vision))
-    return TripsProcessor.for_vision_tower(folder, tokenizer, data.image_size, max_text_length=data.max_text_length)
+    return TripsProcessor.for_vision_tower(folder, tokenizer, data.image_size, **options)
 
 
 def build_model(model: ModelSection, processor: TripsProcessor, task: type[ModelT]) -> ModelT:
