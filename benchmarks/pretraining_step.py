@@ -8,9 +8,12 @@ that every row meets the same weights. On a GPU time is by the clock and product
 of the processor, so that a busy machine does not blur it, and everything is float32. The update costs the same in all
 rows and is next to nothing at the paper's batch, but not at that of a CPU: ratios are of forward and backward.
 
-Memory is what tensors hold at the peak of a step beyond what they hold between steps (weights, teacher, moments): what
-is kept for the backward pass, and the gradients. It is torch's own count, on a CPU from the profiler's record of every
-allocation, and does not depend on the allocator or on what ran before.
+Operations are counted by torch while a step runs, those that checkpointing repeats included (it need not repeat the
+last product of a vision layer), and in closed form beside.
+
+Memory is what tensors hold at the peak of forward and backward beyond weights, gradients, teacher and moments: what is
+kept for the backward pass, and what passes through. It is torch's own count, on a CPU from the profiler's record of
+every allocation, and depends neither on the allocator nor on what ran before.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, CLIPVisionConfig
 
 from trips.bench.flops import count_pretraining_flops
@@ -34,6 +39,7 @@ from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
 from trips.environment import describe_environment
 from trips.tasks.pretraining import TripsForPreTraining
 from trips.train.optim import build_adamw, parameter_groups
+from trips.train.parallel import checkpoint_layers
 
 TEXT_LENGTH, MASKED = 25, 4
 LITERAL = {"itc_guide": "text", "itm_guide": "reuse", "mlm_guide": "full"}
@@ -78,21 +84,21 @@ class Trainer:
     def choose(self, name: str, checkpointing: bool) -> SelectionConfig:
         selection, options = ROWS[name]
         self.config.pretraining = self.config.pretraining.replace(**options)
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        checkpoint_layers(self.model, checkpointing)  # what run.gradient_checkpointing does
         return selection
 
-    def step(self, selection: SelectionConfig) -> tuple[float, float]:
-        """Seconds of forward and backward, and of the update."""
+    def passes(self, selection: SelectionConfig) -> None:
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-        start = self.now()
-        self.model.start_step(1)
-        began = self.now()
         with half:
             loss = self.model(**self.batch, selection=selection).loss
         loss.backward()
+
+    def step(self, selection: SelectionConfig) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the update."""
+        start = self.now()
+        self.model.start_step(1)
+        began = self.now()
+        self.passes(selection)
         ended = self.now()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,28 +154,30 @@ def main() -> None:
     trainer = Trainer(config, args.pixels, batch, device)
     variants = [(name, checkpointing) for checkpointing in (False, True) for name in ROWS]
     passes: dict[tuple[str, bool], list[float]] = {variant: [] for variant in variants}
-    updates, peaks = [], {}
-    for round_number in range(args.rounds + 1):
+    updates: list[float] = []
+    peaks, operations = {}, {}
+    for variant in variants:  # warms up, and makes gradients and the moments of the optimizer
+        selection = trainer.choose(*variant)
+        # The counter knows no fused attention on a CPU: here let it decompose into products.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            trainer.passes(selection)
+        operations[variant] = counter.get_total_flops() / 1e9 / batch
+        peaks[variant] = peak_bytes(lambda chosen=selection: trainer.passes(chosen), device)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    for round_number in range(1, args.rounds + 1):
         for variant in variants:
-            selection = trainer.choose(*variant)
-            if round_number == 0:  # warms up: the first step of all makes the moments of the optimizer
-                trainer.step(selection)
-                continue
-            if round_number == 1:
-                peaks[variant] = peak_bytes(lambda chosen=selection: trainer.step(chosen), device)
-            seconds, update = trainer.step(selection)
+            seconds, update = trainer.step(trainer.choose(*variant))
             passes[variant].append(seconds)
             updates.append(update)
             print(round_number, *variant, f"{seconds:.3f} s", flush=True)
     grid = (args.pixels // 16, args.pixels // 16)
-    counts, operations = {}, {}
-    for name, checkpointing in variants:
-        selection, options = ROWS[name]
-        count = count_pretraining_flops(
+    counts = {
+        name: count_pretraining_flops(
             config, grid, TEXT_LENGTH, selection, config.pretraining.replace(**options), MASKED, batch_size=batch
         )
-        counts[name] = count
-        operations[name, checkpointing] = count.training + (count.layers if checkpointing else 0)
+        for name, (selection, options) in ROWS.items()
+    }
     rows = []
     for name, checkpointing in variants:
         variant, base = (name, checkpointing), (BASELINE, checkpointing)
@@ -182,7 +190,7 @@ def main() -> None:
                 "measured_ratio": round(statistics.median(ratios), 3),
                 "measured_range": [round(min(ratios), 3), round(max(ratios), 3)],
                 "exact_ratio": round(operations[variant] / operations[base], 3),
-                "step_mib": round(peaks[variant] / 2**20, 1),
+                "mib": round(peaks[variant] / 2**20, 1),
                 "gflops_per_pair": round(operations[variant], 2),
                 "gflops_per_second": round(batch * operations[variant] / statistics.median(passes[variant]), 1),
             }
@@ -200,8 +208,13 @@ def main() -> None:
         "update_seconds": round(statistics.median(updates), 4),
         "state_mib": round(trainer.state_bytes() / 2**20, 1),
         "gradients_mib": round(sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad) / 2**20, 1),
-        "forward_gflops_per_pair": {
-            name: {part: round(value, 3) for part, value in vars(count).items()} for name, count in counts.items()
+        "closed_form_gflops_per_pair": {
+            name: {
+                **{part: round(value, 3) for part, value in vars(count).items()},
+                "forward": round(count.forward, 3),
+                "training": round(count.training, 3),
+            }
+            for name, count in counts.items()
         },
         "rows": rows,
     }

@@ -74,7 +74,7 @@ def pretraining(results: dict) -> str:
             f"{row['exact_ratio']:.2f}",
             f"{row['gflops_per_pair']:.0f}",
             f"{row['gflops_per_second']:.0f}",
-            f"{row['step_mib']:.0f}",
+            f"{row['mib']:.0f}",
         ]
         for row in results["rows"]
     ]

@@ -60,14 +60,9 @@ class PretrainingFlopCount:
     teacher: float
 
     @property
-    def layers(self) -> float:
-        """Towers and fusion encoder: what gradient checkpointing computes once more, in units of 1e9."""
-        return self.vision_prefix + self.vision_suffix + self.text + self.fusion
-
-    @property
     def forward(self) -> float:
         """Sum of all parts, in units of 1e9."""
-        return self.layers + self.heads + self.teacher
+        return self.vision_prefix + self.vision_suffix + self.text + self.fusion + self.heads + self.teacher
 
     @property
     def training(self) -> float:
@@ -76,7 +71,7 @@ class PretrainingFlopCount:
         The backward pass counts twice its forward. A few tenths of a percent too much at the paper's size: pixels and
         queue have no gradient.
         """
-        return 3 * (self.layers + self.heads) + self.teacher
+        return 3 * (self.forward - self.teacher) + self.teacher
 
 
 def count_flops(

@@ -79,7 +79,7 @@ class ParallelModel:
         if several:
             _synchronise(self.trained, device)
         if settings.gradient_checkpointing:
-            _checkpoint_layers(self.trained, True)
+            checkpoint_layers(self.trained, True)
         if settings.compile:
             self.trained.compile(backend=COMPILE_BACKEND)
         self.losses: nn.Module = _Losses(self.trained)
@@ -129,7 +129,7 @@ class ParallelModel:
     def finish(self) -> None:
         """Give the caller's model its result, in all processes, and leave nothing of this run on it."""
         if self.settings.gradient_checkpointing:
-            _checkpoint_layers(self.trained, False)
+            checkpoint_layers(self.trained, False)
         if self.settings.compile:
             self.trained._compiled_call_impl = None
         if self.sharded:
@@ -227,7 +227,7 @@ def _synchronise(model: nn.Module, device: torch.device) -> None:
         tensor.copy_(sent)
 
 
-def _checkpoint_layers(model: nn.Module, enable: bool) -> None:
+def checkpoint_layers(model: nn.Module, enable: bool) -> None:
     """Switch the checkpointing of transformers' layers, by the attributes that all its releases read."""
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not layers:
