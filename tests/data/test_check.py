@@ -135,7 +135,7 @@ def test_suspicious_texts_and_ids_do_not_fail(tmp_path: Path) -> None:
     files = pair("long", "word " * (MAX_WORDS + 1)) + pair("fine", "word " * MAX_WORDS)
     files += (
         pair("bell", "a\x07b", "fine")
-        + pair("wrong", "caf\ufffd")
+        + pair("wrong", "r\ufffdd")
         + pair("emoji", "a family 👨\u200d👩\u200d👧 on grass\n")
     )
     files += [file for i in range(11) for file in pair(f"r{i}", "click here", "click here")]
