@@ -31,6 +31,8 @@ class QuickstartPlan:
         label_steps: of the first warm-up stage, which teaches the vision tower what is on each patch.
         bind_steps: of the second, which binds words to patches in scenes of few objects, vision tower frozen.
         bind_mixture: its question types with their weights, those alone that are learnt in so few steps.
+        bind_repeats: most rounds of half as many steps that follow, nearly all about the types that were missed.
+            bind_least: accuracy on full scenes below which a type counts as missed.
         question_steps: of the third, all kinds of questions about full scenes, vision tower frozen.
         question_mixture: types and weights of the third stage and of the fine-tuning; measured is the corpus's own.
         tune_steps: of the fine-tuning of every guide, all weights free.
@@ -54,6 +56,8 @@ class QuickstartPlan:
     label_steps: int = 500
     bind_steps: int = 1000
     bind_mixture: Mixture = (("object", 0.6), ("background", 0.4))
+    bind_repeats: int = 3
+    bind_least: float = 0.5
     question_steps: int = 700
     question_mixture: Mixture = (
         ("object", 0.4),
@@ -86,6 +90,7 @@ class QuickstartPlan:
             return cls(
                 label_steps=3,
                 bind_steps=6,
+                bind_repeats=1,
                 question_steps=2,
                 tune_steps=2,
                 num_scenes=2,
