@@ -33,16 +33,16 @@ def explain_run(run_dir: str | Path, out: str | Path, overrides: Overrides = (),
             `evaluate_run`.
     """
     run_dir = Path(run_dir)
-    model, processor = load_trained(TripsForQuestionAnswering, run_dir)
     recipe = load_recipe(run_dir / RECIPE_FILE, overrides)
     selection = recipe.model.selection
     if recipe.task != "vqa" or not selection.active or count < 1:
         raise ConfigError(
             "has nothing to draw",
             item=run_dir,
-            found=f"task {recipe.task}, guide {selection.guide}, keep rate {selection.keep_rate}, {count} photos",
+            found=f"task {recipe.task}, guide {selection.guide}, {count} photos",
             expected="a question answering run with selection, and at least one photo",
         )
+    model, processor = load_trained(TripsForQuestionAnswering, run_dir)
     model.eval()
     device = next(model.parameters()).device
     answers = AnswerList.load(run_dir / ANSWERS_FILE)

@@ -146,7 +146,7 @@ def build_model_from_towers(
 
     Where text and fusion layers together exceed the tower's, the last ones are used twice (a copy). Cross-attention
     has no public counterpart and starts as a copy of its layer's self-attention. A decoder copies the fusion encoder
-    and the word embeddings (E.5).
+    and the word embeddings (after ALBEF).
     The head for masked tokens is the BERT's own where its checkpoint has one; a momentum teacher starts as the model.
 
     Args:
@@ -225,8 +225,8 @@ def _load_mlm_head(head: nn.Module, text: str | Path, report: ImportReport) -> N
 def _copy_layers(source: Iterable[nn.Module], target: Iterable[nn.Module]) -> None:
     """Copy BERT layers; what the source lacks may only be cross-attention, which starts as the self-attention.
 
-    From small random weights it adds next to nothing for thousands of steps, and a model that learns meanwhile to do
-    without the image stays blind (docs/results.md, DAQUAR).
+    From small random weights it adds next to nothing at first, and a short run may learn to do without the image
+    (docs/results.md, DAQUAR).
     """
     for public, ours in zip(source, target, strict=True):
         missing, unexpected = ours.load_state_dict(public.state_dict(), strict=False)

@@ -54,7 +54,7 @@ def relevance_gain(kept: Tensor, kept_for_other: Tensor, relevant: Tensor) -> Te
 
 
 def recall_at_k(scores: Tensor, relevant: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Share of queries with a relevant candidate among the best k (E.7: any of an image's captions counts).
+    """Share of queries with a relevant candidate among the best k (any of an image's captions counts).
 
     A candidate that ties with another one ranks behind it, so scores that are all alike find nothing by luck of order.
 

@@ -23,6 +23,7 @@ from trips.model import TripsModel
 from trips.processor import TripsProcessor
 from trips.tasks.pretraining import TripsForPreTraining
 from trips.tasks.vqa import TripsForQuestionAnswering
+from trips.train import pretraining
 from trips.train.checkpoint import list_checkpoints, read_checkpoint
 from trips.train.lock import RunLock
 from trips.train.pretraining import read_pairs
@@ -229,3 +230,12 @@ def test_question_answering_starts_from_a_pre_trained_model(
                 {**keys, "model.start_from": str(tmp_path / "out" / "model"), "run.out": str(tmp_path / "c")},
             )
         )
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_held_out_texts_have_the_form_of_the_training_texts(finished, monkeypatch, clean: bool) -> None:
+    out, _ = finished
+    seen = []
+    monkeypatch.setattr(pretraining, "evaluate_losses", lambda model, pairs, batch: seen.append(pairs.clean) or {})
+    evaluate_run(out, [f"--data.clean_captions={str(clean).lower()}"])
+    assert seen == [clean]

@@ -65,7 +65,7 @@ def contrastive_loss(
     taught: TeacherOutput | None = None,
     alpha: float | Tensor = 0.0,
 ) -> Tensor:
-    """ITC of a batch: positives share their mass by image id, and the teacher softens the targets (E.1).
+    """ITC of a batch: positives share their mass by image id, and the teacher softens the targets (after ALBEF).
 
     Args:
         image_features, text_features: (B, P) normalised. image_ids: (B,).
@@ -104,7 +104,7 @@ def draw_negatives(
     everywhere: bool,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hard negatives for ITM, drawn by contrastive similarity to the candidates of this step (E.2).
+    """Hard negatives for ITM, drawn by contrastive similarity to the candidates of this step (after ALBEF).
 
     Args:
         image_features, text_features: (B, P). image_ids, caption_ids: (B,); equal ids never meet as negatives.

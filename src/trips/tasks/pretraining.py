@@ -170,7 +170,7 @@ class TripsForPreTraining(TripsPreTrainedModel):
 
     @torch.no_grad()
     def start_step(self, step: int) -> None:
-        """What happens once per optimizer step, before it: moving average, alpha, bounds of the temperature (E.1).
+        """What happens once before every optimizer step: moving average, alpha, temperature bounds (after ALBEF).
 
         Args:
             step: 0-based. At step 0 the copies take the weights as they are, however these came into the model.

@@ -64,7 +64,7 @@ class TeacherOutput:
 
 
 class MomentumTeacher(nn.Module):
-    """Moving-average copies of towers, fusion encoder, both projections and the MLM head (E.1).
+    """Moving-average copies of towers, fusion encoder, both projections and the MLM head (after ALBEF).
 
     Its parameters have the names of the model's own. It has no gradient, and the mode of the model: dropout is active
     in training, as in ALBEF.

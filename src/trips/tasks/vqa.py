@@ -191,7 +191,7 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         answer_mask: Tensor,
         top_k: int = 128,
     ) -> tuple[Tensor, Tensor]:
-        """Rank a list of answers: best `top_k` by their first token, then by the exact full likelihood (E.5).
+        """Rank a list of answers: best `top_k` by their first token, then by the exact full likelihood (after ALBEF).
 
         Args:
             question_states: (B, L, D) from `forward`. attention_mask: (B, L).

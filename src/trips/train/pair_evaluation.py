@@ -46,14 +46,15 @@ def evaluate_retrieval(
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    images, texts, owners = [], [], []
+    images, texts, owners, count = [], [], [], 0
     for start in range(0, len(records), batch_size):
         arrays = []
         for record in records[start : start + batch_size]:
             with bad_samples.guard(record.source):
                 arrays.append(processor.resize(record.image, name=record.source))
-                owners += [sum(map(len, images)) + len(arrays) - 1] * len(record.texts)
+                owners += [count] * len(record.texts)
                 texts += record.texts
+                count += 1
         if arrays:
             images.append(model.encode_image(processor.normalise(arrays).to(device)).cpu())
     if not images:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,8 +33,6 @@ from trips.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-logger = logging.getLogger("trips")
 
 Result = TypeVar("Result")
 COMPILE_BACKEND = "inductor"

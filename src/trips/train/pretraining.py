@@ -6,7 +6,6 @@ What is measured is measured before the first step too, since the towers of a ne
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from trips.train.recipe import DataSection, Recipe
 from trips.train.settings import StepInfo
 from trips.train.task import TaskParts, load_trained
 from trips.train.towers import build_model, build_processor
-
-logger = logging.getLogger("trips")
 
 _RANDAUGMENT = (2, 7)  # operations per image and their strength: ALBEF's
 
@@ -147,7 +144,14 @@ def _measure(
     if not test:
         return {}
     corpora = [Corpus(pattern, pattern) for pattern in recipe.data.test]
-    pairs = PairDataset(corpora, processor, None, bad_samples, recipe.run.seed, cache=shard_cache(recipe.data))
+    pairs = PairDataset(
+        corpora,
+        processor,
+        bad_samples=bad_samples,
+        seed=recipe.run.seed,
+        cache=shard_cache(recipe.data),
+        clean=recipe.data.clean_captions,
+    )
     return {
         **evaluate_retrieval(model, test, processor, bad_samples, recipe.run.eval_batch_size),
         "test_losses": evaluate_losses(model, pairs, recipe.run.eval_batch_size),

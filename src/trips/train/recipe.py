@@ -240,8 +240,15 @@ class Recipe:
 
 
 _INF = float("inf")
-_PRETRAINING_ONLY = ("data.weights", "data.augment", "data.clean_captions", "data.flip", "schedule.alpha_ramp_epochs")
-_DEFAULTS = {"data": DataSection, "schedule": ScheduleSection}
+_PRETRAINING_ONLY = (
+    "data.weights",
+    "data.augment",
+    "data.clean_captions",
+    "data.flip",
+    "optim.head_lr",
+    "schedule.alpha_ramp_epochs",
+)
+_DEFAULTS = {"data": DataSection, "optim": OptimSection, "schedule": ScheduleSection}
 _RANGES: dict[str, tuple[float, float]] = {
     "model.num_text_layers": (1, _INF),
     "model.num_fusion_layers": (1, _INF),

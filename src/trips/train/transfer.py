@@ -1,4 +1,4 @@
-"""Fine-tuning starts from a pre-trained model: which of its parts go where (appendix E.5 of ALBEF, section 5.1)."""
+"""Fine-tuning starts from a pre-trained model: which of its parts go where (section 5.1, after ALBEF)."""
 
 from __future__ import annotations
 

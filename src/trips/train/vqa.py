@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,8 +26,6 @@ from trips.train.recipe import Recipe
 from trips.train.settings import StepInfo
 from trips.train.task import TaskParts, load_trained
 from trips.train.towers import build_model, build_processor
-
-logger = logging.getLogger("trips")
 
 ANSWERS_FILE = "answers.json"
 _MOST_LOGITS = 2**26
