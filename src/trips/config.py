@@ -1,7 +1,7 @@
 """Configuration of the model and the arithmetic that follows from it: no tensors, no weights in memory.
 
-`TripsConfig` joins the configurations of the three towers with `SelectionConfig` and `PretrainingConfig`, which
-`trips.options` defines and this module hands on. Layer numbers are 1-based, as in the paper; N is the number of image
+`TripsConfig` joins the configurations of the three towers with the options that `trips.options` defines and this module
+hands on. Layer numbers are 1-based, as in the paper; N is the number of image
 patches without [CLS], r a keep rate, k = ceil(r n) the number of tokens kept of n candidates.
 """
 
@@ -24,6 +24,7 @@ from trips.options import (
     Options,
     PretrainingConfig,
     QueryNorm,
+    ReasoningConfig,
     Score,
     SelectionConfig,
     WidthMap,
@@ -40,6 +41,7 @@ __all__ = [
     "Negatives",
     "PretrainingConfig",
     "QueryNorm",
+    "ReasoningConfig",
     "Score",
     "SelectionConfig",
     "TripsConfig",
@@ -153,6 +155,7 @@ class TripsConfig(PreTrainedConfig):
         decoder_config: BertConfig of the causal answer decoder; default as the fusion encoder.
         selection: `SelectionConfig` or its fields as a mapping.
         pretraining: `PretrainingConfig` or its fields as a mapping.
+        reasoning: `ReasoningConfig` or its fields as a mapping.
         initializer_range: standard deviation of new weights of the fusion encoder and heads; default the text
             encoder's.
 
@@ -175,6 +178,7 @@ class TripsConfig(PreTrainedConfig):
     decoder_config: Any = None
     selection: Any = None
     pretraining: Any = None
+    reasoning: Any = None
     initializer_range: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -189,6 +193,7 @@ class TripsConfig(PreTrainedConfig):
         )
         self.selection = _as_options(self.selection, SelectionConfig)
         self.pretraining = _as_options(self.pretraining, PretrainingConfig)
+        self.reasoning = _as_options(self.reasoning, ReasoningConfig)
         self._check_families()
         if self.initializer_range is None:
             self.initializer_range = self.text_config.initializer_range
@@ -228,7 +233,8 @@ class TripsConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as JSON needs them."""
         values = super().to_dict()
-        values["selection"], values["pretraining"] = self.selection.to_dict(), self.pretraining.to_dict()
+        for name in ("selection", "pretraining", "reasoning"):
+            values[name] = getattr(self, name).to_dict()
         return values
 
 

@@ -23,7 +23,33 @@ MAX_PIXELS = 178_956_970
 _EXIF_ORIENTATION = 0x0112
 _WHITE = (255, 255, 255, 255)
 
-ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray | IO[bytes]
+
+@dataclass(frozen=True)
+class FileSlice:
+    """Bytes inside a larger file, such as an image in a tar: read when they are wanted, so that lists stay small.
+
+    Attributes:
+        path: of the file. offset, size: of the bytes.
+    """
+
+    path: Path
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        """The bytes; `DataError` if the file is gone or has become shorter."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", item=str(self.path)) from error
+        if len(data) != self.size:
+            raise DataError("file has become shorter", item=str(self.path), found=len(data), expected=self.size)
+        return data
+
+
+ImageSource = FileSlice | str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray | IO[bytes]
 
 
 def load_image(
@@ -64,6 +90,8 @@ def load_image(
         return _to_rgb(source, name or "Pillow image", max_pixels, None)
     if isinstance(source, np.ndarray):
         return _from_array(source, name or "image array", max_pixels)
+    if isinstance(source, FileSlice):
+        return _from_bytes(source.read_bytes(), name or str(source.path), max_pixels, min_size)
     if isinstance(source, (str, Path)):
         return _from_path(source, name, max_pixels, min_size)
     if isinstance(source, (bytes, bytearray, memoryview)):

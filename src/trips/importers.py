@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel, PreTrainedConfig, PreTrainedModel
 
-from trips.config import PretrainingConfig, SelectionConfig, TripsConfig, bert_variant
+from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig, bert_variant
 from trips.errors import CheckpointError, ConfigError, TripsError, UnsupportedModelError
 from trips.model import TripsModel, TripsPreTrainedModel
 from trips.towers import family_of
@@ -138,6 +138,7 @@ def build_model_from_towers(
     num_decoder_layers: int | None = None,
     selection: SelectionConfig | None = None,
     pretraining: PretrainingConfig | None = None,
+    reasoning: ReasoningConfig | None = None,
     dropout: float | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
@@ -156,6 +157,7 @@ def build_model_from_towers(
         num_decoder_layers: of the answer decoder, as many as fusion layers unless given.
         selection: default setting of the model.
         pretraining: objectives and teacher, for `TripsForPreTraining`.
+        reasoning: images and their fusion, for `TripsForVisualReasoning`.
         dropout: replaces the text tower's dropout where given.
         bos_token_id, eos_token_id: the tokenizer's [CLS] and [SEP], for a decoder.
     Returns:
@@ -182,6 +184,7 @@ def build_model_from_towers(
         decoder_config=bert_variant(text_tower.config, num_hidden_layers=num_decoder_layers, **crossed, **shared),
         selection=selection,
         pretraining=pretraining,
+        reasoning=reasoning,
     )
     model = task(config)
     trips = model if isinstance(model, TripsModel) else model.trips

@@ -1,6 +1,7 @@
 """Settings as frozen dataclasses: each choice that the paper makes, or leaves open, is one field.
 
-`SelectionConfig` holds those of section 3.2, `PretrainingConfig` those of section 3.3. They know neither tensors nor
+`SelectionConfig` holds those of section 3.2, `PretrainingConfig` those of section 3.3, `ReasoningConfig` those of
+several images under one statement (5.1.2). They know neither tensors nor
 transformers; `trips.config` joins them with the towers. Every error names the field as ``section.field``.
 """
 
@@ -24,6 +25,8 @@ ItcGuide = Literal["image", "none", "text"]
 ItmGuide = Literal["anew", "reuse"]
 MlmGuide = Literal["masked", "full"]
 Negatives = Literal["local", "global"]
+ReasoningFusion = Literal["merge", "stacked"]
+ReasoningObjective = Literal["truth", "assignment"]
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # where the learnt temperature is kept (ALBEF)
 
@@ -220,6 +223,39 @@ class PretrainingConfig(Options):
     def alpha_at(self, step: int) -> float:
         """Weight of the soft targets at a 0-based optimizer step."""
         return self.alpha * min(1.0, step / self.alpha_ramp_steps) if self.alpha_ramp_steps else self.alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasoningConfig(Options):
+    """Several images and a statement about them (section 5.1.2; ALBEF's and BLIP's forms).
+
+    Attributes:
+        num_images: images of a statement; 2 in NLVR2, the three boxes of a picture in NLVR v1.
+        fusion: how the paths of the images meet in the fusion encoder. "merge": one block, a cross-attention for each
+            image, keys and values tied, the mean of their outputs goes into the FFN; "stacked": one block after the
+            other, one for each image, keys and values tied (ALBEF's form).
+        objective: "truth": is the statement true of the images; "assignment": which of the images does the text
+            belong to, or none of them: ALBEF's step between pre-training and fine-tuning, on images with captions.
+
+    Raises:
+        ConfigError: a value outside its range; the error names the field.
+    """
+
+    section: ClassVar[str] = "reasoning"
+
+    num_images: int = 2
+    fusion: ReasoningFusion = "merge"
+    objective: ReasoningObjective = "truth"
+
+    def __post_init__(self) -> None:
+        self._check_literals()
+        if not isinstance(self.num_images, int) or isinstance(self.num_images, bool) or self.num_images < 1:
+            raise ConfigError("not a count", item="reasoning.num_images", found=self.num_images, expected=">= 1")
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier: false and true, or one for each image and one for none."""
+        return 2 if self.objective == "truth" else self.num_images + 1
 
 
 def is_number(value: object) -> bool:

@@ -152,8 +152,8 @@ def test_saved_recipes_read_back_equal(tmp_path_factory, lr, steps, rate, out, t
     assert recipe_to_dict(recipe)["optim"]["lr"] == lr
 
 
-@pytest.mark.parametrize("key, value", [("optim.head_lr", 1e-3), ("data.augment", "crop"), ("data.flip", "swap")])
+@pytest.mark.parametrize("key, value", [("optim.head_lr", 1e-3), ("data.weights", [1.0]), ("data.flip", "swap")])
 def test_keys_of_pre_training_are_refused_elsewhere(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{key}.*only pre-training"):
-        load_recipe("debug/vqa_tiny", {key: value})
-    load_recipe("debug/pretrain_tiny", {key: value})
+    with pytest.raises(ConfigError, match=f"{key}.*task vqa has no use"):
+        load_recipe("debug/vqa_tiny", {key: value, "data.train": ["a.tar"]})
+    load_recipe("debug/pretrain_tiny", {key: value, "data.train": ["a.tar"]})

@@ -14,13 +14,14 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trips.errors import ConfigError, DataError, MissingDependencyError
+from trips.images import FileSlice
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 _TAR_BLOCK = 512
@@ -35,12 +36,26 @@ class Question:
         text: the question as written.
         answers: distinct answers as written, at least one; compare them through `normalise_answer`.
         weights: share of the people who gave each answer; they sum to 1.
+        given: every person's answer in the order of the file, which the official accuracy needs; empty where unknown.
+        question_type, answer_type: kinds that accuracies are told apart by, such as "how many" and "number".
+        loss_weight: of the question in training; ALBEF gives Visual Genome's questions 0.5.
     """
 
     question_id: str
     text: str
     answers: tuple[str, ...]
     weights: tuple[float, ...]
+    given: tuple[str, ...] = ()
+    question_type: str | None = None
+    answer_type: str | None = None
+    loss_weight: float = 1.0
+
+    @classmethod
+    def of(cls, question_id: str, text: str, given: Sequence[str], **fields: Any) -> Question:
+        """A question with the answers of one or several people; other `fields` as above."""
+        counts = Counter(given)
+        shares = tuple(count / len(given) for count in counts.values())
+        return cls(question_id, text, tuple(counts), shares, tuple(given), **fields)
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,13 @@ class VqaRecord:
 
     Attributes:
         image_id: name of the image in its data set.
-        image: encoded bytes or a path, not yet decoded.
+        image: encoded bytes, or where they are, not yet decoded.
         questions: at least one.
         source: where it came from, "file.tar:KEY"; messages call it by this name.
     """
 
     image_id: str
-    image: bytes | Path = field(repr=False)
+    image: bytes | Path | FileSlice = field(repr=False)
     questions: tuple[Question, ...]
     source: str
 
@@ -265,8 +280,7 @@ def _parse_question(entry: object, item: str) -> Question:
     for answer in given:
         if not isinstance(answer, str) or not normalise_answer(answer):
             raise DataError("answer is not text", item=item, found=answer)
-    counts = Counter(given)
-    return Question(str(question_id), text, tuple(counts), tuple(n / len(given) for n in counts.values()))
+    return Question.of(str(question_id), text, given)
 
 
 def _require(mapping: object, key: str, kind: type | tuple[type, ...], item: str) -> Any:

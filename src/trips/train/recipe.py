@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from trips.config import PretrainingConfig, SelectionConfig
+from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig
 from trips.errors import ConfigError
+from trips.train.recipe_limits import INF, RANGES, TASKS_OF_KEY
 from trips.train.settings import ParallelMode
 
 
@@ -27,10 +28,11 @@ class ModelSection:
         num_fusion_layers: layers of the fusion encoder, the last of the text tower.
         num_decoder_layers: layers of the answer decoder, the last of the text tower.
         dropout: dropout of the text, fusion and decoder layers; null keeps the text tower's.
-        start_from: folder of a model saved by an earlier run, such as runs/pretrain/model, whose text encoder, vision
-            tower and fusion encoder replace the towers' weights; the layers above must be that run's.
+        start_from: folder of a model saved by an earlier run, such as runs/pretrain/model, whose weights replace the
+            towers' wherever both have a part; the layers above must be that run's.
         selection: text-relevant patch selection, see SelectionConfig.
-        pretraining: objectives and teacher where the task is pretrain, see PretrainingConfig.
+        pretraining: objectives and teacher where the task is pretrain or retrieval, see PretrainingConfig.
+        reasoning: images and their fusion where the task is nlvr2, see ReasoningConfig.
     """
 
     vision: str = "openai/clip-vit-base-patch16"
@@ -42,6 +44,7 @@ class ModelSection:
     start_from: str | None = None
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,27 @@ class DataSection:
     """The data.
 
     Attributes:
-        train: WebDataset tars to train on, as paths or glob patterns, from the working directory; for pre-training
-            also URLs, and each entry is a corpus.
-        weights: how often an epoch of pre-training takes each entry of train: 1 every sample once, 0.5 every second
-            one, 2 each twice; null takes all once.
-        test: tars to measure on after training.
+        train: what to train on, from the working directory. WebDataset tars, as paths or glob patterns (for pairs also
+            URLs); or annotation files of the task in any format that docs/data_formats.md lists, or a folder with one,
+            with #SPLIT behind it where it holds several (a.json#train+restval); or hf:NAME#SPLIT, a dataset of Hugging
+            Face. Each entry is a corpus.
+        images: folders that the paths of images in annotation files start at, tried in turn; none takes the folder of
+            the file.
+        columns: other names of fields in tables and datasets, such as {question: q, image: img}.
+        weights: how often an epoch over pairs takes each entry of train: 1 every sample once, 0.5 every second one, 2
+            each twice, with another of its captions; null takes all once.
+        loss_weights: weight of the questions of each entry of train in the loss; null is 1 for all.
+        test: what to measure on after training, named as in train.
         image_size: side of the square that images are resized to, in pixels.
         max_text_length: longest text in tokens; the rest is cut off.
         max_questions_per_image: most questions of an image per step, drawn anew each epoch; null takes all.
         min_answer_count: training questions that must have an answer for it to be a candidate in the ranking.
-        augment: training images of pre-training. "none" resizes, "crop" cuts out a random part, "randaugment" distorts
-            it too, without touching its colours.
+        augment: training images. "none" resizes, "crop" cuts out a random part, "randaugment" distorts it too, without
+            touching its colours.
         crop_scale: smallest and largest share of the area that a random crop takes.
-        clean_captions: lower case, no punctuation and 30 words at most in the texts of pre-training, as ALBEF has them.
+        clean_captions: lower case, no punctuation and 30 words at most in captions, as ALBEF has them.
         flip: "swap" mirrors every second image and swaps left and right in its text; "none" mirrors nothing.
-        shuffle_shards: shards of pre-training whose samples are shuffled among each other.
+        shuffle_shards: shards of pairs whose samples are shuffled among each other.
         cache_dir: folder for shards fetched from URLs; null uses one in the system's folder for temporary files.
         cache_gb: largest size of that folder in GB.
         max_bad_share: share of unreadable samples tolerated (ten always are); they are skipped and named.
@@ -74,7 +83,10 @@ class DataSection:
     """
 
     train: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
     weights: tuple[float, ...] | None = None
+    loss_weights: tuple[float, ...] | None = None
     test: tuple[str, ...] = ()
     image_size: int = 384
     max_text_length: int = 40
@@ -100,8 +112,8 @@ class OptimSection:
     Attributes:
         lr: peak learning rate of everything but the vision tower.
         vision_lr: peak learning rate of the vision tower; 0 freezes it.
-        head_lr: peak learning rate of the heads of pre-training (projections, matching, masked words), which start
-            from random weights; null takes lr.
+        head_lr: peak learning rate of the heads (projections, matching, masked words, classifier), which start from
+            random weights; null takes lr.
         weight_decay: decoupled; not on biases, norms, [CLS] and position tables.
         warmup_steps: steps of linear warm-up.
         lr_floor: share of the peak where the warm-up starts and the cosine ends.
@@ -135,7 +147,7 @@ class ScheduleSection:
         keep_rate_warmup: share of the steps in which the keep rate falls from 1.0 to its value; 0 is off.
         levels: distinct keep rates on that way, both ends included.
         distill_every: distance of the full-patch steps where model.selection.learning is "distill".
-        alpha_ramp_epochs: epochs of pre-training in which the weight of the teacher's soft targets rises from 0; where
+        alpha_ramp_epochs: epochs of pairs in which the weight of the teacher's soft targets rises from 0; where
             it is above 0 it decides model.pretraining.alpha_ramp_steps.
     """
 
@@ -164,7 +176,17 @@ class RunSection:
         save_every: steps between checkpoints; 0 writes one at the end only.
         keep_last: checkpoints kept.
         eval_batch_size: images per batch in evaluation.
+        answer: how questions are answered in evaluation. "rank": by the best of the list of answers; "generate": freely
+            written; "both" measures the two.
+        metric: "exact": the answer of the people, in one form; "official": the accuracy of VQA 2.0; "auto": official
+            where every question has the answers of several people.
         top_k: candidate answers, best by their first token, that are ranked by their full likelihood.
+        shortlist: best candidates of an image or text by contrastive features that matching ranks anew; the paper has
+            256 on COCO and 128 on Flickr30K.
+        rerank_guide: who selects patches in that second stage. "text": the text of each pair, so that the layers behind
+            the first selection run per pair (the paper); "image": the image [CLS], once per image; "both" measures the
+            two.
+        memory_gb: most memory of the second stage for states that are kept between batches.
     """
 
     out: str = "runs/vqa"
@@ -179,7 +201,12 @@ class RunSection:
     save_every: int = 500
     keep_last: int = 2
     eval_batch_size: int = 16
+    answer: Literal["rank", "generate", "both"] = "rank"
+    metric: Literal["auto", "exact", "official"] = "auto"
     top_k: int = 128
+    shortlist: int = 128
+    rerank_guide: Literal["text", "image", "both"] = "text"
+    memory_gb: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -200,7 +227,7 @@ class Recipe:
     """
 
     purpose: str = ""
-    task: Literal["vqa", "pretrain"] = "vqa"
+    task: Literal["vqa", "pretrain", "retrieval", "nlvr2"] = "vqa"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
@@ -208,23 +235,25 @@ class Recipe:
     run: RunSection = field(default_factory=RunSection)
 
     def __post_init__(self) -> None:
-        for key, (low, high) in _RANGES.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+        for key, (low, high) in RANGES.items():
+            value = self._value(key)
             if value is not None and not (low <= value <= high and math.isfinite(value)):
-                expected = f"at least {low}" if high == _INF else f"{low} to {high}"
+                expected = f"at least {low}" if high == INF else f"{low} to {high}"
                 raise ConfigError("out of range", item=key, found=value, expected=expected)
-        for key in _PRETRAINING_ONLY if self.task != "pretrain" else ():
-            section, name = key.split(".")
-            if getattr(getattr(self, section), name) != getattr(_DEFAULTS[section](), name):
-                raise ConfigError("only pre-training has it", item=key, found=f"task {self.task}")
-        if self.data.weights is not None and len(self.data.weights) != len(self.data.train):
-            raise ConfigError(
-                "needs one weight for each entry of data.train",
-                item="data.weights",
-                found=len(self.data.weights),
-                expected=len(self.data.train),
-            )
+        for key, tasks in TASKS_OF_KEY.items():
+            if self.task not in tasks and self._value(key) != getattr(_DEFAULTS[key.split(".")[0]], key.split(".")[1]):
+                raise ConfigError(
+                    f"task {self.task} has no use for it", item=key, expected=f"task {' or '.join(tasks)}"
+                )
+        for key in ("data.weights", "data.loss_weights"):
+            weights = self._value(key)
+            if weights is not None and len(weights) != len(self.data.train):
+                raise ConfigError(
+                    "needs one weight for each entry of data.train",
+                    item=key,
+                    found=len(weights),
+                    expected=len(self.data.train),
+                )
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(
@@ -238,49 +267,10 @@ class Recipe:
                 expected=f"n x {self.optim.accumulate}",
             )
 
+    def _value(self, key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
 
-_INF = float("inf")
-_PRETRAINING_ONLY = (
-    "data.weights",
-    "data.augment",
-    "data.clean_captions",
-    "data.flip",
-    "optim.head_lr",
-    "schedule.alpha_ramp_epochs",
-)
-_DEFAULTS = {"data": DataSection, "optim": OptimSection, "schedule": ScheduleSection}
-_RANGES: dict[str, tuple[float, float]] = {
-    "model.num_text_layers": (1, _INF),
-    "model.num_fusion_layers": (1, _INF),
-    "model.num_decoder_layers": (1, _INF),
-    "model.dropout": (0, 1),
-    "data.image_size": (1, _INF),
-    "data.max_text_length": (3, _INF),
-    "data.max_questions_per_image": (1, _INF),
-    "data.min_answer_count": (1, _INF),
-    "data.shuffle_shards": (1, _INF),
-    "data.cache_gb": (0, _INF),
-    "data.max_bad_share": (0, 1),
-    "data.num_workers": (0, _INF),
-    "optim.lr": (0, _INF),
-    "optim.vision_lr": (0, _INF),
-    "optim.head_lr": (0, _INF),
-    "optim.weight_decay": (0, _INF),
-    "optim.warmup_steps": (0, _INF),
-    "optim.lr_floor": (0, 1),
-    "optim.batch_size": (1, _INF),
-    "optim.accumulate": (1, _INF),
-    "optim.epochs": (0, _INF),
-    "optim.steps": (0, _INF),
-    "optim.max_nonfinite": (0, _INF),
-    "schedule.keep_rate_warmup": (0, 1),
-    "schedule.levels": (2, _INF),
-    "schedule.distill_every": (1, _INF),
-    "schedule.alpha_ramp_epochs": (0, _INF),
-    "run.seed": (0, 2**32 - 1),
-    "run.log_every": (1, _INF),
-    "run.save_every": (0, _INF),
-    "run.keep_last": (1, _INF),
-    "run.eval_batch_size": (1, _INF),
-    "run.top_k": (1, _INF),
-}
+
+_DEFAULTS = {"model": ModelSection(), "data": DataSection(), "optim": OptimSection(), "schedule": ScheduleSection(),
+             "run": RunSection()}  # fmt: skip

@@ -31,7 +31,7 @@ _FREE_KEYS = frozenset(
     ("purpose", "data.test", "data.cache_images", "data.num_workers", "data.max_bad_share", "optim.max_nonfinite",
      "data.cache_dir", "data.cache_gb", "run.out", "run.resume", "run.parallel", "run.trackers",
      "run.gradient_checkpointing", "run.log_every", "run.save_every", "run.keep_last", "run.eval_batch_size",
-     "run.top_k")
+     "run.top_k", "run.answer", "run.metric", "run.shortlist", "run.rerank_guide", "run.memory_gb")
 )  # fmt: skip
 
 RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"

@@ -23,6 +23,12 @@ from trips.train.settings import TrainingData
 from trips.train.speed import FlopsPerSample
 
 MODEL_FOLDER = "model"
+_MODULES = {
+    "vqa": "trips.train.vqa",
+    "pretrain": "trips.train.pretraining",
+    "retrieval": "trips.train.retrieval",
+    "nlvr2": "trips.train.reasoning",
+}
 
 
 @dataclass
@@ -57,7 +63,7 @@ class TaskParts:
 
 def task_module(task: str) -> ModuleType:
     """Module of a recipe's ``task``, with ``build(recipe)`` and ``load(recipe, run_dir)``."""
-    return importlib.import_module({"vqa": "trips.train.vqa", "pretrain": "trips.train.pretraining"}[task])
+    return importlib.import_module(_MODULES[task])
 
 
 def load_trained(model_class: type[TripsPreTrainedModel], run_dir: Path) -> tuple[TripsPreTrainedModel, TripsProcessor]:

@@ -84,6 +84,7 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
             num_decoder_layers=model.num_decoder_layers,
             selection=model.selection,
             pretraining=model.pretraining,
+            reasoning=model.reasoning,
             dropout=model.dropout,
             **special,
         )
@@ -110,6 +111,7 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
             decoder_config=bert_variant(text, num_hidden_layers=model.num_decoder_layers, **crossed),
             selection=model.selection,
             pretraining=model.pretraining,
+            reasoning=model.reasoning,
         )
     )
 
