@@ -88,7 +88,7 @@ def test_daquar_equals_plain_tarfile(daquar_tars: dict[str, list[Path]]) -> None
             image, entries = expected[record.source]
             assert record.image == image and record.source.endswith(record.image_id)
             assert record.questions == tuple(
-                Question(e["question_id"], e["question"], (e["answer"],), (1.0,)) for e in entries
+                Question(e["question_id"], e["question"], (e["answer"],), (1.0,), (e["answer"],)) for e in entries
             )
         assert len(records) == images == bad.num_seen and not len(bad)
         assert sum(len(record.questions) for record in records) == questions
