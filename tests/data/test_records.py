@@ -100,7 +100,7 @@ def test_answers_of_several_people_become_shares(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", sample("x", question(7, answer=..., answers=people)))
     [record] = read_vqa_shards([str(path)])
     [parsed] = record.questions
-    assert parsed == Question("7", "what is it ?", ("red", "dark red", "blue"), (0.6, 0.3, 0.1))
+    assert parsed == Question("7", "what is it ?", ("red", "dark red", "blue"), (0.6, 0.3, 0.1), tuple(people))
     assert record.source == "a.tar:x" and b"\xff\xd8" not in repr(record).encode()
 
 
