@@ -66,10 +66,10 @@ class QuickstartPlan:
         ("existence", 0.1),
         ("counting", 0.1),
     )
-    tune_steps: int = 500
-    keep_rate_warmup: float = 0.4
-    distill_every: int = 3
-    distill_weight: float = 2.0
+    tune_steps: int = 400
+    keep_rate_warmup: float = 0.5
+    distill_every: int = 2
+    distill_weight: float = 1.0
     distill_temperature: float = 0.25
     num_scenes: int = 16
     num_questions: int = 8
@@ -78,7 +78,7 @@ class QuickstartPlan:
     test_questions: int = 16
     label_lr: float = 4e-3
     bind_lr: float = 2e-3
-    tune_lr: float = 2e-3
+    tune_lr: float = 1e-3
     timing_rounds: int = 15
 
     @classmethod
