@@ -23,12 +23,14 @@ from trips.errors import DataError
         (["train", "debug/vqa_tiny", "--optim.lr", "fast"], ["optim.lr", "'fast'", "number"]),
         (["train", "debug/vqa_tiny", "--optim.lr"], ["--optim.lr", "has no value"]),
         (["train", "debug/vqa_tiny", "--optim=recipe.yaml"], ["optim", "is a section"]),
-        (["train", "debug/vqa_tiny", "--data.train=/none.tar"], ["data.train", "/none.tar"]),
+        (["train", "debug/vqa_tiny", "--data.train=/none.tar"], ["no file matches", "/none.tar"]),
         (["train", "debug/vqa_tiny", "--fast"], ["--fast"]),
         (["train"], ["recipe"]),
         (["evaluate", "/no/such/run"], ["/no/such/run", "finished run"]),
         (["evaluate", "/no/such/run", "--data.test=x.tar"], ["/no/such/run"]),
         (["quickstart", "--scale=huge"], ["scale", "huge"]),
+        (["ask", "photo.jpg"], ["question"]),
+        (["score", "--images", "photo.jpg", "--model=runs/x"], ["texts"]),
         (["fly"], ["fly", "train"]),
         (["--json"], ["--json"]),
     ],
@@ -107,14 +109,14 @@ def test_train_and_evaluate_hand_on_recipe_and_overrides(monkeypatch: pytest.Mon
     out = capsys.readouterr().out
     assert "0.25" in out and "there" in out
 
-    def fail(run_dir: str, overrides: list[str]) -> dict:
-        seen.append((run_dir, list(overrides)))
+    def fail(run_dir: str, overrides: list[str], out: str | None) -> dict:
+        seen.append((run_dir, list(overrides), out))
         raise DataError("line one\nline two", item="data.test")
 
     monkeypatch.setattr(run, "evaluate_run", fail)
     assert cli.main(["evaluate", "runs/x", "--model.selection.keep_rate=0.5"]) == 2
     assert capsys.readouterr().err == "trips: data.test: line one line two\n"
-    assert seen[-1] == ("runs/x", ["--model.selection.keep_rate=0.5"])
+    assert seen[-1] == ("runs/x", ["--model.selection.keep_rate=0.5"], None)
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -38,8 +38,10 @@ DOCUMENTS = ("README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in 
 # How a documented command is run here: what is put behind it so that it takes seconds.
 BEHIND = {
     "quickstart": ("--scale=smoke",),
-    "train": ("--optim.steps=2", "--optim.warmup_steps=1", "--run.top_k=2"),
-    "evaluate": ("--run.top_k=2",),
+    "train": ("--optim.steps=2", "--optim.warmup_steps=1"),
+    "evaluate": (),
+    "ask": (),
+    "score": (),
     "recipes": (),
     "data": (),
 }
@@ -128,13 +130,15 @@ def write_tar(path: Path, split: str, count: int, image: bytes) -> None:
 
 
 def write_album(folder: Path, count: int) -> None:
-    """Photos with a caption each, as a camera and a table would have them."""
+    """Photos with a caption and a question each, as a camera and two tables would have them."""
     folder.mkdir()
-    lines = ["image,caption"]
+    lines, questions = ["image,caption"], ["image,question,answer"]
     for i in range(count):
         Image.effect_noise((80, 60), 20 + 5 * i).convert("RGB").save(folder / f"{i}.jpg")
         lines.append(f"{i}.jpg,cup number {i} on the table")
+        questions += [f"{i}.jpg,what is on the table ?,cup", f"{i}.jpg,how many ?,{i % 3}"]
     (folder / "captions.csv").write_text("\n".join(lines))
+    (folder / "questions.csv").write_text("\n".join(questions))
 
 
 # --- running

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trips.errors import ShapeError
-from trips.metrics import kept_mask, recall_at_k, relevance_gain, relevance_recall
+from trips.metrics import consistency, kept_mask, recall_at_k, relevance_gain, relevance_recall
 
 
 @st.composite
@@ -69,3 +69,20 @@ def test_scores_that_are_all_alike_find_nothing():
 def test_a_query_without_a_relevant_candidate_is_refused():
     with pytest.raises(ShapeError, match="relevant"):
         recall_at_k(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcd")), min_size=1, max_size=12))
+def test_consistency_equals_looking_through_every_group(answers):
+    correct, groups = [right for right, _ in answers], [group for _, group in answers]
+    whole = 0
+    for group in sorted(set(groups)):
+        whole += all(right for right, of in answers if of == group)
+    assert consistency(correct, groups) == pytest.approx(whole / len(set(groups)))
+
+
+def test_consistency_by_hand():
+    assert consistency([True, True, True, False], ["x", "y", "x", "y"]) == 0.5
+    assert consistency([True, True], ["x", "x"]) == 1.0
+    for correct, groups in (([True], []), ([], []), ([True], ["x", "y"])):
+        with pytest.raises(ShapeError, match="groups"):
+            consistency(correct, groups)

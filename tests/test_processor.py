@@ -171,6 +171,28 @@ def test_answers_end_with_exactly_one_sep_even_when_cut() -> None:
     assert out["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
+def test_answers_read_back_as_they_were_written(minilm_dir: Path) -> None:
+    processor = TripsProcessor(AutoTokenizer.from_pretrained(minilm_dir), image_size=32, patch_size=8)
+    texts = [
+        "t-shirt",
+        "10:30",
+        "2.5",
+        "50/50",
+        "it's",
+        "don't",
+        "black, white",
+        "st. louis",
+        "unbelievably tall",
+        "$5",
+    ]
+    written = processor.encode_answers(texts)["input_ids"]  # padded to the longest
+    spaced = {"$5": "$ 5"}
+    assert processor.decode_answers(written) == [spaced.get(text, text) for text in texts]
+    # What stands behind the first [SEP] is not the answer's, whatever it is.
+    assert make_processor().decode_answers(torch.tensor([[CLS, *ids("red bus"), SEP, *ids("a b"), SEP]])) == ["red bus"]
+    assert make_processor().decode_answers(torch.tensor([[CLS, SEP, PAD], [CLS, *ids("red bus")]])) == ["", "red bus"]
+
+
 def test_special_tokens_typed_by_a_user_are_text() -> None:
     out = make_processor()(text="the [SEP] bus [MASK]")["input_ids"][0].tolist()
     assert out == [CLS, *ids("the [ sep ] bus [ mask ]")]

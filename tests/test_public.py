@@ -23,11 +23,16 @@ PROMISED = {
     "TripsConfig",
     "SelectionConfig",
     "PretrainingConfig",
+    "ReasoningConfig",
     "TripsModel",
+    "TripsForImageTextRetrieval",
     "TripsForPreTraining",
     "TripsForQuestionAnswering",
+    "TripsForVisualReasoning",
+    "TripsPipeline",
     "TripsProcessor",
     "build_model_from_towers",
+    "load",
     "__version__",
 }
 

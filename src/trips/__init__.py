@@ -20,24 +20,32 @@ from trips.errors import (
 )
 
 if TYPE_CHECKING:
-    from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
+    from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig
     from trips.importers import build_model_from_towers
     from trips.model import TripsModel
+    from trips.pipeline import TripsPipeline, load
     from trips.processor import TripsProcessor
+    from trips.tasks.nlvr2 import TripsForVisualReasoning
     from trips.tasks.pretraining import TripsForPreTraining
+    from trips.tasks.retrieval import TripsForImageTextRetrieval
     from trips.tasks.vqa import TripsForQuestionAnswering
 
     __version__: str
 
 _LAZY = {
     "PretrainingConfig": "trips.config",
+    "ReasoningConfig": "trips.config",
     "SelectionConfig": "trips.config",
     "TripsConfig": "trips.config",
+    "TripsForImageTextRetrieval": "trips.tasks.retrieval",
     "TripsForPreTraining": "trips.tasks.pretraining",
     "TripsForQuestionAnswering": "trips.tasks.vqa",
+    "TripsForVisualReasoning": "trips.tasks.nlvr2",
     "TripsModel": "trips.model",
+    "TripsPipeline": "trips.pipeline",
     "TripsProcessor": "trips.processor",
     "build_model_from_towers": "trips.importers",
+    "load": "trips.pipeline",
 }
 
 __all__ = [
@@ -46,17 +54,22 @@ __all__ = [
     "DataError",
     "MissingDependencyError",
     "PretrainingConfig",
+    "ReasoningConfig",
     "SelectionConfig",
     "ShapeError",
     "TripsConfig",
     "TripsError",
+    "TripsForImageTextRetrieval",
     "TripsForPreTraining",
     "TripsForQuestionAnswering",
+    "TripsForVisualReasoning",
     "TripsModel",
+    "TripsPipeline",
     "TripsProcessor",
     "UnsupportedModelError",
     "__version__",
     "build_model_from_towers",
+    "load",
 ]
 
 

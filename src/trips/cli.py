@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from trips import cli_data
+from trips import cli_data, cli_use
 from trips.errors import ConfigError, TripsError
 
 # A key of a recipe, or a section alone, which `load_recipe` then refuses by name.
@@ -51,7 +51,9 @@ def train(recipe: str, overrides: Sequence[str] = (), *, as_json: bool = False) 
     return results
 
 
-def evaluate(run_dir: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> dict[str, Any]:
+def evaluate(
+    run_dir: str, overrides: Sequence[str] = (), *, out: str | None = None, as_json: bool = False
+) -> dict[str, Any]:
     """Measure the model of a finished run again, on other data or with another selection if asked.
 
     For example --data.test=other.tar or --model.selection.keep_rate=0.5.
@@ -59,11 +61,12 @@ def evaluate(run_dir: str, overrides: Sequence[str] = (), *, as_json: bool = Fal
     Args:
         run_dir: output folder of "trips train".
         overrides: keys of the run's recipe to replace.
+        out: folder for what the model said (answers_test.json of a question answering run).
         as_json: print one JSON object for machines.
     """
     from trips.train.run import evaluate_run
 
-    return evaluate_run(run_dir, overrides)
+    return evaluate_run(run_dir, overrides, out)
 
 
 def explain(
@@ -118,6 +121,7 @@ def quickstart(
 VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     "train": train,
     "evaluate": evaluate,
+    **cli_use.VERBS,
     "explain": explain,
     "data": cli_data,  # a module is a group of verbs
     "recipes": recipes,
@@ -215,7 +219,10 @@ def _parser(verb: str | None) -> ArgumentParser:
             usage=f"trips {name} [options] {_POSITIONAL[name]} [--SECTION.KEY=VALUE ...]" if takes_keys else None,
             exit_on_error=False,
         )
-        command.add_function_arguments(function, as_group=False, as_positional=True, skip={"overrides", "as_json"})
+        if name in cli_use.VERBS:
+            cli_use.add_arguments(name, command)
+        else:
+            command.add_function_arguments(function, as_group=False, as_positional=True, skip={"overrides", "as_json"})
         command.add_argument("--json", action="store_true", help="print one JSON object for machines")
         if name == "train" and verb == "train":
             from trips.train.recipe_io import add_recipe_arguments
@@ -257,8 +264,8 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 def _show(verb: str, result: Any, as_json: bool) -> None:
-    if verb == "data" and not as_json:
-        Console().print(cli_data.render(result))
+    if verb in ("data", *cli_use.VERBS) and not as_json:
+        Console().print(cli_data.render(result) if verb == "data" else cli_use.render(verb, result))
         return
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         result = dataclasses.asdict(result)

@@ -48,7 +48,7 @@ def explain_run(run_dir: str | Path, out: str | Path, overrides: Overrides = (),
     answers = AnswerList.load(run_dir / ANSWERS_FILE)
     encoded = processor.encode_answers(list(answers)).to(device)
     rows = []
-    for record in read_records(recipe.data.test, BadSamples(recipe.data.max_bad_share), "data.test")[:count]:
+    for record in read_records(recipe.data, "test", BadSamples(recipe.data.max_bad_share))[:count]:
         question = record.questions[0]
         array = processor.resize(record.image, name=record.source)
         batch = processor(text=[question.text]).to(device)
@@ -58,7 +58,8 @@ def explain_run(run_dir: str | Path, out: str | Path, overrides: Overrides = (),
             output.question_states, batch["attention_mask"], encoded["input_ids"], encoded["attention_mask"]
         )
         grid = model.trips.vision.grid_of(pixels)
-        said = f"{question.text}\nsaid: {answers[int(ranked[0, 0])]}\ntrue: {question.answers[0]}"
+        true = question.answers[0] if question.answers else "not known"
+        said = f"{question.text}\nsaid: {answers[int(ranked[0, 0])]}\ntrue: {true}"
         rows.append(selection_row(said, array, output.selections, 0, grid[0] * grid[1]))
     rates = ", ".join(f"{rate:g}" for rate in selection.rates)
     title = f"{selection.guide} guide, keep rates {rates} at layers {', '.join(map(str, selection.layers))}"

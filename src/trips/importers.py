@@ -18,6 +18,7 @@ from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel, Pre
 
 from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig, bert_variant
 from trips.errors import CheckpointError, ConfigError, TripsError, UnsupportedModelError
+from trips.fusion import FusionEncoder
 from trips.model import TripsModel, TripsPreTrainedModel
 from trips.towers import family_of
 
@@ -192,7 +193,7 @@ def build_model_from_towers(
     trips.text.embeddings.load_state_dict(text_tower.embeddings.state_dict())
     layers = text_tower.encoder.layer
     _copy_layers(layers[:num_text_layers], trips.text.encoder.layer)
-    _copy_layers(layers[total - num_fusion_layers :], trips.fusion.layer)
+    _copy_fusion(layers[total - num_fusion_layers :], trips.fusion)
     if (decoder := getattr(model, "decoder", None)) is not None:
         decoder.bert.embeddings.load_state_dict(text_tower.embeddings.state_dict())
         _copy_layers(layers[total - len(decoder.bert.encoder.layer) :], decoder.bert.encoder.layer)
@@ -240,10 +241,28 @@ def _copy_layers(source: Iterable[nn.Module], target: Iterable[nn.Module]) -> No
             cross.load_state_dict(ours.attention.state_dict())
 
 
+def _copy_fusion(source: Iterable[nn.Module], fusion: FusionEncoder) -> None:
+    """Copy BERT layers into a fusion encoder, cross-attention from self-attention as in `_copy_layers`.
+
+    Where the text has several images, each image's path is such a copy.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for number, public in enumerate(source):
+        for name, value in public.state_dict().items():
+            state[f"layer.{number}.{name}"] = value
+            if name.startswith("attention."):
+                state[f"layer.{number}.cross{name}"] = value
+    missing, unexpected = fusion.load_state_dict(fusion.state_from_single(state), strict=False)
+    missing = [key for key in missing if not key.startswith("image_projection.")]
+    if missing or unexpected:
+        raise CheckpointError("layers do not correspond", item="text tower", found=_first([*missing, *unexpected]))
+
+
 def _account(model: nn.Module, report: ImportReport) -> None:
     """Sort every tensor of the new model into loaded and initialised; a momentum copy is what its original is."""
     new = ("decoder.cls.", "fusion.image_projection.", "vision.guide_map")
-    heads = ("image_projection.", "text_projection.", "itm_head.", "mlm_head.", "temperature", "queue.")
+    heads = ("image_projection.", "text_projection.", "itm_head.", "mlm_head.", "reasoning_head.", "temperature",
+             "queue.")  # fmt: skip
     tied = "decoder.cls.predictions.decoder.weight"  # the word embeddings under a second name
     known = set(report.loaded)
     for name in model.state_dict():

@@ -4,12 +4,14 @@ Relevance recall: the share of the patches of what is mentioned that survive. Re
 under a text of the same type about another image; it takes out what is kept whatever the text. Chance is the share of
 patches kept.
 
+Consistency: pairs of images and sentences that share a sentence (NLVR2), right only together.
+
 Dimensions: B texts, k kept tokens, N patches; Q queries, C candidates of retrieval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,5 +75,48 @@ def recall_at_k(scores: Tensor, relevant: Tensor, ranks: Sequence[int] = (1, 5, 
             expected=tuple(scores.shape),
         )
     best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
-    ahead = ((scores >= best) & ~relevant).sum(dim=1)
+    ahead = (~(scores < best) & ~relevant).sum(dim=1)  # what is no number finds nothing
+    return {k: (ahead < k).float().mean().item() for k in ranks}
+
+
+def consistency(correct: Sequence[bool], groups: Sequence[Hashable]) -> float:
+    """Share of groups whose members are all right: sentences judged right beside each of their images (NLVR2).
+
+    Args:
+        correct: whether each answer is right.
+        groups: the group of each, such as its sentence; members need not stand together.
+    Raises:
+        ShapeError: numbers differ, or there are none.
+    """
+    if len(correct) != len(groups) or not groups:
+        raise ShapeError("one group per answer is needed", item="groups", found=len(groups), expected=len(correct) or 1)
+    all_right: dict[Hashable, bool] = {}
+    for right, group in zip(correct, groups, strict=True):
+        all_right[group] = all_right.get(group, True) and bool(right)
+    return sum(all_right.values()) / len(all_right)
+
+
+def recall_of_shortlist(scores: Tensor, relevant: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
+    """Share of queries with a relevant candidate among the best k of a shortlist; what is not on it ranks below.
+
+    A query whose shortlist has no relevant candidate finds nothing. Ties count as in `recall_at_k`; a score that is no
+    number ranks the relevant candidate last.
+
+    Args:
+        scores: (Q, k) of the second stage, higher is better.
+        relevant: (Q, k) bool.
+        ranks: none above k tells anything that k does not, unless the shortlist holds all candidates.
+    Raises:
+        ShapeError: shapes differ.
+    """
+    if scores.shape != relevant.shape or scores.ndim != 2:
+        found, expected = tuple(relevant.shape), tuple(scores.shape)
+        raise ShapeError("does not fit the scores", item="relevant", found=found, expected=expected)
+    best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+    ahead = (~(scores < best) & ~relevant).sum(dim=1).masked_fill(~relevant.any(dim=1), max(ranks))
+    return recall_of_ahead(ahead, ranks)
+
+
+def recall_of_ahead(ahead: Tensor, ranks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
+    """Recall from the number of candidates that stand before each query's best relevant one: (Q,)."""
     return {k: (ahead < k).float().mean().item() for k in ranks}

@@ -66,8 +66,13 @@ class TripsModel(TripsPreTrainedModel):
         super().__init__(config)
         self.text = BertModel._from_config(config.text_config, add_pooling_layer=False)
         self.vision = VisionEncoder(config.vision_config, config.selection, config.text_config.hidden_size)
-        self.fusion = FusionEncoder(config.fusion_encoder_config, config.vision_config.hidden_size)
+        self.fusion = self._build_fusion(config)
         self.post_init()
+
+    @staticmethod
+    def _build_fusion(config: TripsConfig) -> FusionEncoder:
+        """The fusion encoder; a model of several images has another."""
+        return FusionEncoder(config.fusion_encoder_config, config.vision_config.hidden_size)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """Word embeddings of the text encoder."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ logger = logging.getLogger("trips")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+_SPACED_MARK = re.compile(r"(?<=\w) [-/:'] (?=\w)|(?<=\d) ?\. (?=\d)")
 _RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 
@@ -149,6 +151,19 @@ class TripsProcessor(ProcessorMixin):
         return BatchFeature(
             self._pad(self._encode(string_list(answers, "answers"), "answers", sep=True), pad_to_multiple_of)
         )
+
+    def decode_answers(self, answer_ids: Tensor) -> list[str]:
+        """Text of answers that a model wrote, up to their first [SEP].
+
+        Word pieces do not say where white space stood; around - / : and ' inside a word, and in decimals, it goes.
+
+        Args:
+            answer_ids: (B, T), [CLS] first, as ``generate`` returns them.
+        """
+        ended = (answer_ids == self.tokenizer.sep_token_id).long().cumsum(dim=1).bool()
+        rows = answer_ids.masked_fill(ended, self.tokenizer.sep_token_id)
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [_SPACED_MARK.sub(lambda match: match[0].strip(), text) for text in texts]
 
     def resize(self, image: ImageSource, name: str | None = None) -> np.ndarray:
         """Decode one image and squeeze it to the model's size: (H, W, 3) uint8, small enough to cache.

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from trips.config import SelectionConfig, check_locations, num_kept
 from trips.errors import ConfigError, ShapeError
+from trips.prefix_cache import PrefixCache
 from trips.selection import Selection, relevance_logits, select_patches, straight_through_gate
 from trips.towers import TowerReader, build_tower
 
@@ -81,6 +82,7 @@ class VisionEncoder(nn.Module):
         self.tower = build_tower(config)
         self.selection = selection
         self.config = config
+        self.prefix_cache: PrefixCache | None = None
         if guide_width is not None and guide_width != config.hidden_size:
             self.register_buffer("guide_map", semi_orthogonal(guide_width, config.hidden_size))
         else:
@@ -124,17 +126,24 @@ class VisionEncoder(nn.Module):
         reader, grid = self.reader, self.grid_of(pixel_values)
         check_locations(selection, len(reader.layers))
         first = selection.layers[0] if selection.active else None
-        states = reader.embed(pixel_values)
-        history: list[Tensor] = []
+        if self.prefix_cache is not None and not output_hidden_states:
+            states = self.prefix_cache.states(pixel_values, first, lambda images: self._prefix_states(images, first))
+            return VisionPrefix(states, grid, first)
+        history = [] if output_hidden_states else None
+        return VisionPrefix(self._prefix_states(pixel_values, first, history), grid, first, tuple(history or ()))
+
+    def _prefix_states(self, pixel_values: Tensor, first: int | None, history: list[Tensor] | None = None) -> Tensor:
+        """States at the first location; what enters each layer goes into the history."""
+        reader, states = self.reader, self.reader.embed(pixel_values)
         for index in range(len(reader.layers) if first is None else first - 1):
-            if output_hidden_states:
+            if history is not None:
                 history.append(states)
             states = reader.layer(index, states)
         if first is not None:
-            if output_hidden_states:
+            if history is not None:
                 history.append(states)
             states = reader.attend(first - 1, states)
-        return VisionPrefix(states, grid, first, tuple(history))
+        return states
 
     def suffix(
         self,

@@ -17,9 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, ViTConfig
 
-from trips.bench.flops import PretrainingFlopCount, count_flops, count_pretraining_flops
-from trips.config import PretrainingConfig, SelectionConfig, TripsConfig, bert_variant
+from trips.bench.flops import PretrainingFlopCount, count_flops, count_pretraining_flops, count_reasoning_flops
+from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig, bert_variant
 from trips.model import TripsModel
+from trips.tasks.nlvr2 import TripsForVisualReasoning
 from trips.tasks.pretraining import TripsForPreTraining
 from trips.train.recipe_io import load_recipe
 from trips.train.run import run_recipe
@@ -167,6 +168,39 @@ def test_price_of_the_leak_free_settings() -> None:
         options = PretrainingConfig(**options_of(itc, itm, mlm))
         count = count_pretraining_flops(config, (16, 16), 25, pretraining=options)
         assert (count.vision_prefix + count.vision_suffix) / base == pytest.approx(price, abs=0.006)
+
+
+# --- several images
+
+REASONING = (
+    ReasoningConfig(),
+    ReasoningConfig(3, "stacked"),
+    ReasoningConfig(3, "merge", "assignment"),
+    ReasoningConfig(1),
+)
+
+
+@pytest.mark.parametrize("reasoning", REASONING, ids=str)
+@pytest.mark.parametrize("selection", SELECTIONS[:4], ids=lambda s: f"{s.guide}-{s.score}-{s.inattentive}")
+@torch.no_grad()
+def test_several_images_equal_the_counter(reasoning, selection) -> None:
+    for text_width in (48, 32):
+        config = wide_model(text_width=text_width).config
+        config.reasoning, n = reasoning, reasoning.num_images
+        model = TripsForVisualReasoning(config).eval()
+        inputs = torch.randn(2, n, 3, 48, 64), torch.randint(1, 30, (2, 7)), None, torch.tensor([0, 1])
+        for distill in (False, True)[: 1 + selection.active]:
+            found = counted(model, *inputs, selection=selection, distill=distill)
+            count = count_reasoning_flops(config, (6, 8), 7, selection, distill=distill)
+            assert 2 * count.total * 1e9 == pytest.approx(found, rel=1e-9)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: f"{s.guide}-{s.score}-{s.inattentive}-{s.keep_rate}")
+def test_one_image_costs_a_pair_and_the_classifier(selection) -> None:
+    config = TripsConfig(reasoning=ReasoningConfig(1))
+    pair, one = (count(config, (16, 16), 25, selection) for count in (count_flops, count_reasoning_flops))
+    assert (one.vision, one.text) == (pair.vision, pair.text)
+    assert (one.fusion - pair.fusion) * 1e9 == pytest.approx(2 * (768 * 768 + 768 * 2))
 
 
 # --- what a run tells the loop

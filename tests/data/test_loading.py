@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections import Counter
@@ -20,7 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import trips.processor
 from trips.data.loading import AnswerList, VqaCollator, VqaDataset
 from trips.data.records import BadSamples, Question, VqaRecord, normalise_answer, read_vqa_shards
+from trips.data.transforms import TrainTransform
 from trips.errors import ConfigError, DataError
+from trips.images import FileSlice
 from trips.processor import TripsProcessor
 from trips.tasks.vqa import predicted_tokens
 
@@ -243,7 +246,66 @@ def test_the_cache_decodes_each_image_once_and_changes_nothing(monkeypatch: pyte
     assert Counter(reads) == {"s.tar:a": 4, "s.tar:bb": 4}  # three without the cache and one with it
 
 
+def noise_png(seed: int, height: int = 40, width: int = 60) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    path.write_bytes(noise_png(0))
+    records = [record("a", image=path), record("b", image=noise_png(0))]
+    records.append(record("c", image=FileSlice(path, 0, path.stat().st_size)))
+    transform = TrainTransform((16, 16), scale=(0.5, 1.0))
+
+    def pixels(seed: int, epoch: int, index: int) -> torch.Tensor:
+        dataset = VqaDataset(records, make_processor(), seed=seed, transform=transform)
+        dataset.set_epoch(epoch)
+        return dataset[index].pixel_values
+
+    chosen = [pixels(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2))]
+    for i, one in enumerate(chosen):
+        assert all(not torch.equal(one, other) for other in chosen[i + 1 :])  # one picture, another draw each time
+    assert torch.equal(pixels(0, 1, 0), chosen[2])
+    # By hand: the generator of (seed, epoch, index), the transform, the processor's normalisation.
+    array, _ = transform(Image.open(path).convert("RGB"), np.random.default_rng((0, 1, 0)), "")
+    assert torch.equal(chosen[2], make_processor().normalise([array])[0])
+    drafted = make_processor()
+    drafted.jpeg_draft = True  # of a PNG it changes nothing, but it goes another way
+    for index in range(3):
+        assert torch.equal(VqaDataset(records, drafted, transform=transform)[index].pixel_values, pixels(0, 0, index))
+
+
+def test_an_augmented_image_that_cannot_be_read_is_a_bad_sample(tmp_path: Path) -> None:
+    records = [record("cut", image=png(3)[:40]), record("gone", image=tmp_path / "gone.png"), record("a")]
+    for draft in (False, True):
+        processor, bad = make_processor(), BadSamples()
+        processor.jpeg_draft = draft
+        dataset = VqaDataset(records, processor, bad, transform=TrainTransform((16, 16)))
+        assert [dataset[i].pixel_values is None for i in range(3)] == [True, True, False]
+        assert list(bad.errors) == ["s.tar:cut", "s.tar:gone"]
+
+
+def test_weights_and_unanswered_questions() -> None:
+    light = dataclasses.replace(ask("a1", red=0.75, blue=0.25), loss_weight=0.5)
+    unanswered = Question("a2", "what is this", (), ())
+    batch = collate([record("a", ask("a0"), light, unanswered), record("b", unanswered)])
+    assert batch["question_ids"] == ["a0", "a1", "a2", "a2"]
+    assert batch["answer_index"].tolist() == [0, 1, 1]
+    assert batch["answer_weights"].tolist() == [1.0, 0.375, 0.125]
+    alone = collate([record("b", unanswered)])
+    assert (
+        alone["input_ids"].shape == (1, 4) and alone["answer_ids"].shape == (0, 0) and not len(alone["answer_tokens"])
+    )
+
+
 def test_bad_arguments() -> None:
+    with pytest.raises(ConfigError, match="cache_images.*data.augment"):
+        VqaDataset([record("a")], make_processor(), cache_images=True, transform=TrainTransform((16, 16)))
+    with pytest.raises(ConfigError, match="flip.*'swap'"):
+        VqaDataset([record("a")], make_processor(), transform=TrainTransform((16, 16), flip="swap"))
     with pytest.raises(DataError, match="no records"):
         VqaDataset([], make_processor())
     with pytest.raises(ConfigError, match="max_questions_per_image"):
@@ -285,7 +347,7 @@ def test_answer_list_survives_a_file_and_names_a_bad_one(tmp_path: Path) -> None
             AnswerList.load(path)
     with pytest.raises(DataError, match="none.json: answer list cannot be read"):
         AnswerList.load(tmp_path / "none.json")
-    with pytest.raises(DataError, match="no answers"):
+    with pytest.raises(DataError, match="min_answer_count: no answer occurs so often; found 2; expected at most 1"):
         AnswerList.from_records([record("a")], min_count=2)
 
 
@@ -305,7 +367,7 @@ def test_real_daquar(daquar_tars: dict[str, list[Path]], minilm_dir: Path) -> No
     dataset = VqaDataset(train[:24], processor, bad, max_questions_per_image=4, cache_images=True)
     batches = list(DataLoader(dataset, 8, collate_fn=VqaCollator(processor)))
     assert len(batches) == 3 and len(bad) == 0 and bad.num_seen == 24
-    first, image = batches[0], Image.open(io.BytesIO(train[0].image)).convert("RGB")
+    first, image = batches[0], Image.open(io.BytesIO(train[0].image.read_bytes())).convert("RGB")
     resized = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) / 255
     expected = (resized - np.array(processor.image_mean)) / np.array(processor.image_std)
     np.testing.assert_allclose(first["pixel_values"][0].permute(1, 2, 0).numpy(), expected, atol=3e-6)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests share tiny.py, also in a process of its own
 
+from distributed.reranking_runs import reranked
 from tiny import ANSWER_MASK, ANSWERS, pair_batch, texts, tiny_pretraining_model, tiny_vqa_model
 
 from trips.errors import CheckpointError
@@ -273,7 +274,7 @@ def killed(out: Path, rank: int, world: int) -> None:
 
 def together(out: Path, rank: int, world: int) -> None:
     """All that needs two processes, in one start of them."""
-    for scenario in (equality, interchange, signalled, poisoned, locked, apart):
+    for scenario in (equality, interchange, signalled, poisoned, locked, apart, reranked):
         folder = out / scenario.__name__
         folder.mkdir(exist_ok=True)
         scenario(folder, rank, world)

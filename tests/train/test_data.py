@@ -17,7 +17,7 @@ from trips.data.loading import VqaCollator, VqaDataset
 from trips.data.records import BadSamples, Question, VqaRecord
 from trips.errors import ConfigError, DataError
 from trips.tasks.vqa import TripsForQuestionAnswering
-from trips.train.data import VqaTrainingData
+from trips.train.data import RecordTrainingData
 from trips.train.recipe import DataSection, ModelSection
 from trips.train.towers import build_model, build_processor
 
@@ -39,11 +39,11 @@ def texts_of(made: list[VqaRecord]) -> list[str]:
     return [text for record in made for question in record.questions for text in (question.text, *question.answers)]
 
 
-def data(count: int = 11, bad: tuple[int, ...] = (), counted: bool = True, **options: Any) -> VqaTrainingData:
+def data(count: int = 11, bad: tuple[int, ...] = (), counted: bool = True, **options: Any) -> RecordTrainingData:
     made = records(count, bad)
     processor = build_processor(ModelSection(vision="tiny", text="tiny"), DataSection(image_size=16), texts_of(made))
     dataset = VqaDataset(made, processor, BadSamples() if counted else None, max_questions_per_image=2, seed=5)
-    return VqaTrainingData(
+    return RecordTrainingData(
         dataset, VqaCollator(processor), **{"batch_size": 4, "seed": 3, "rank": 0, "world": 1, **options}
     )
 
@@ -76,7 +76,7 @@ def test_shards_partition_the_batch_and_batches_the_epoch(count: int, batch: int
         return
     # Only the length of the dataset is asked for.
     parts = [
-        VqaTrainingData(range(count), None, batch, seed=1, rank=rank, world=world)  # type: ignore[arg-type]
+        RecordTrainingData(range(count), None, batch, seed=1, rank=rank, world=world)  # type: ignore[arg-type]
         for rank in range(world)
     ]
     per_epoch = parts[0].steps_per_epoch
@@ -86,7 +86,7 @@ def test_shards_partition_the_batch_and_batches_the_epoch(count: int, batch: int
     for place in range(per_epoch):
         shares = [part.indices(epoch * per_epoch + place) for part in parts]
         assert {share[0] for share in shares} == {epoch} and all(len(share[1]) == batch // world for share in shares)
-        alone = VqaTrainingData(range(count), None, batch, seed=1, rank=0, world=1)  # type: ignore[arg-type]
+        alone = RecordTrainingData(range(count), None, batch, seed=1, rank=0, world=1)  # type: ignore[arg-type]
         joined = alone.indices(epoch * per_epoch + place)[1]
         assert sorted(i for share in shares for i in share[1]) == sorted(joined)
         seen.update(joined)
@@ -120,7 +120,7 @@ def test_the_loss_of_a_batch_is_that_of_its_answers_one_by_one() -> None:
     processor = build_processor(section, DataSection(image_size=16), texts_of(made))
     model = build_model(section, processor, TripsForQuestionAnswering).eval()
     dataset, collator = VqaDataset(made, processor, BadSamples()), VqaCollator(processor)
-    (batch,) = VqaTrainingData(dataset, collator, batch_size=4, seed=3, rank=0, world=1).batches(0, 1)
+    (batch,) = RecordTrainingData(dataset, collator, batch_size=4, seed=3, rank=0, world=1).batches(0, 1)
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     tokens, lengths = tensors.pop("answer_tokens"), tensors["answer_mask"].sum(dim=1)
     assert int((lengths - 1).sum()) == len(tokens) and len(set(lengths.tolist())) > 2
@@ -167,7 +167,7 @@ def test_a_batch_of_bad_images_alone_is_replaced() -> None:
         "made.tar:2",
     }
     assert same(batches[2], next(data(count=3, bad=(1,), batch_size=1).batches(2, 1)))
-    with pytest.raises(DataError, match="every image is bad"):
+    with pytest.raises(DataError, match="every record is bad"):
         list(data(count=3, bad=(0, 1, 2), batch_size=1).batches(0, 1))
 
 

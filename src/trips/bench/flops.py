@@ -2,7 +2,7 @@
 
 One multiply-add is two operations. Norms, softmax, biases and embeddings look-ups are left out, as everywhere.
 `count_flops` is one pair through the model; `count_pretraining_flops` one pair in a step of section 3.3, whose passes
-it takes from the same plan as the model does.
+it takes from the same plan as the model does; `count_reasoning_flops` one statement with all its images.
 
 Letters: D width, F inner width of the FFN, n image tokens, L text tokens, e image tokens that reach the fusion,
 P projection width, C contrastive candidates, M masked tokens, V vocabulary.
@@ -20,7 +20,7 @@ _MASKED_SHARE = 0.15  # of the tokens behind [CLS], as the collator of pairs mas
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Operations of one image-text pair, in units of 1e9.
+    """Operations of one text and its image or images, in units of 1e9.
 
     Attributes:
         vision: patch embedding, vision layers, and the guide's score and fusion.
@@ -117,6 +117,7 @@ def count_pretraining_flops(
     *,
     batch_size: int = 1,
     distill: bool = False,
+    mlm: bool = True,
 ) -> PretrainingFlopCount:
     """Exact forward operations of one pair in a step of `TripsForPreTraining` (section 3.3).
 
@@ -129,11 +130,12 @@ def count_pretraining_flops(
         masked_tokens: M, tokens to predict per pair; else 15 % of those behind [CLS].
         batch_size: pairs that meet in the contrastive loss.
         distill: a full-patch step whose loss holds the guidance distillation.
+        mlm: False counts a step of `TripsForImageTextRetrieval`, which has no masked words.
     Raises:
         ConfigError: a location beyond the last layer.
     """
     selection, options = selection or config.selection, pretraining or config.pretraining
-    plan = VisionPlan.of(selection, options, distill)
+    plan = VisionPlan.of(selection, options, distill, mlm)
     pairs = _vision_pass(config, grid, plan.pairs, distill)
     first = pairs if plan.contrast is None else _vision_pass(config, grid, plan.contrast)
     again = (plan.contrast is not None) + 2 * plan.anew + plan.masked
@@ -142,7 +144,7 @@ def count_pretraining_flops(
     masked = max(1.0, _MASKED_SHARE * (text_length - 1)) if masked_tokens is None else masked_tokens
     text, fusion = _text_products(config, text_length), _fusion_products(config, text_length, pairs.tokens)
     projections = (config.vision_config.hidden_size + width) * feature
-    mlm_head = masked * width * (width + config.text_config.vocab_size)
+    mlm_head = mlm * masked * width * (width + config.text_config.vocab_size)
     similarities = 2 * (batch_size + options.queue_size) * feature
     negatives = 2 * batch_size * feature
 
@@ -151,7 +153,9 @@ def count_pretraining_flops(
         taught = _vision_pass(config, grid, plan.unobserved())
         teacher += taught.prefix + (taught if plan.contrast is None else first).suffix + text + projections
         if soft:
-            teacher += text + fusion + mlm_head + similarities
+            teacher += similarities
+        if soft and mlm:
+            teacher += text + fusion + mlm_head
             if plan.contrast is not None or plan.masked:
                 teacher += taught.suffix
     if distill:
@@ -159,12 +163,51 @@ def count_pretraining_flops(
     products = (
         pairs.prefix,
         first.suffix + again * pairs.suffix,
-        2 * text,
-        4 * fusion,
+        (1 + mlm) * text,
+        (3 + mlm) * fusion,
         projections + similarities + negatives + 3 * 2 * width + mlm_head,
         teacher,
     )
     return PretrainingFlopCount(*(2 * value / 1e9 for value in products))
+
+
+def count_reasoning_flops(
+    config: TripsConfig,
+    grid: tuple[int, int],
+    text_length: int,
+    selection: SelectionConfig | None = None,
+    *,
+    distill: bool = False,
+) -> FlopCount:
+    """Exact forward operations of one statement and its images through `TripsForVisualReasoning` (section 5.1.2).
+
+    Args:
+        config: the model's; ``config.reasoning`` says how many images there are and how they are fused.
+        grid: patches (down, across) of each image.
+        text_length: L, text tokens.
+        selection: setting, else the model's.
+        distill: a full-patch step whose loss holds the guidance distillation.
+    Returns:
+        vision of all images; the classifier is counted to the fusion.
+    Raises:
+        ConfigError: a location beyond the last layer.
+    """
+    selection, options = selection or config.selection, config.reasoning
+    if not distill and selection.active and min(selection.rates) == 1:
+        selection = selection.replace(guide="none")
+    seen, images, stacked = (
+        _vision_pass(config, grid, selection, distill),
+        options.num_images,
+        options.fusion == "stacked",
+    )
+    blocks = images if stacked else 1  # of self-attention and FFN in each layer
+    fusion = _fusion_products(config, text_length, seen.tokens, images, blocks)
+    if distill:
+        fusion += _attention_map_products(config, text_length, seen.tokens, images, blocks, keys=not stacked)
+    width = config.text_config.hidden_size
+    fusion += width**2 + width * options.num_classes
+    products = (images * (seen.prefix + seen.suffix), _text_products(config, text_length), fusion)
+    return FlopCount(*(2 * value / 1e9 for value in products))
 
 
 @dataclass(frozen=True)
@@ -223,22 +266,27 @@ def _text_products(config: TripsConfig, length: int) -> int:
     return text.num_hidden_layers * (per_layer + 2 * length * text.hidden_size * text.intermediate_size)
 
 
-def _fusion_products(config: TripsConfig, length: int, tokens: int) -> int:
-    """Multiply-adds of the fusion encoder."""
+def _fusion_products(config: TripsConfig, length: int, tokens: int, images: int = 1, blocks: int = 1) -> int:
+    """Multiply-adds of the fusion encoder, with a cross-attention for each image in every layer."""
     fusion, image_width = config.fusion_encoder_config, config.vision_config.hidden_size
     width = fusion.hidden_size
     own = 4 * length * width**2 + 2 * length**2 * width + 2 * length * width * fusion.intermediate_size
     cross = 2 * length * width**2 + 2 * tokens * width**2 + 2 * length * tokens * width
     mapped = tokens * image_width * width if image_width != width else 0
-    return fusion.num_hidden_layers * (own + cross) + mapped
+    return fusion.num_hidden_layers * (blocks * own + images * cross) + images * mapped
 
 
-def _attention_map_products(config: TripsConfig, length: int, tokens: int) -> int:
-    """Multiply-adds of the fusion's attention maps, which are computed beside its layers, and of their mean."""
+def _attention_map_products(
+    config: TripsConfig, length: int, tokens: int, images: int = 1, blocks: int = 1, *, keys: bool = True
+) -> int:
+    """Multiply-adds of the fusion's attention maps, which are computed beside its layers, and of their mean.
+
+    Stacked blocks have their keys already.
+    """
     width = config.fusion_encoder_config.hidden_size
     own = 4 * length * width**2 + 2 * length**2 * width
-    cross = length * width**2 + tokens * width**2 + length * tokens * width
-    return config.fusion_encoder_config.num_hidden_layers * (own + cross) + length * tokens
+    cross = length * width**2 + keys * tokens * width**2 + length * tokens * width
+    return config.fusion_encoder_config.num_hidden_layers * (blocks * own + images * cross) + images * length * tokens
 
 
 def _inner_width(vision: object) -> int:

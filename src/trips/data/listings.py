@@ -1,4 +1,4 @@
-"""Lists of images and captions as people keep them on disk: what `trips.data.pack` reads.
+"""Lists of images and captions as people keep them on disk: what training reads as it is, and `trips.data.pack` packs.
 
 JSON in ALBEF's layout (a list of ``{"image", "caption"}``, where a caption may be a list), in Karpathy's (``{"images":
 [{"filename", "sentences": [{"raw"}]}]}``) and in COCO's own (``images`` beside ``annotations``); JSON lines; CSV and
@@ -8,25 +8,17 @@ joined. A row that cannot be used is named with its reason, and the others are r
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from trips.data.records import IMAGE_SUFFIXES
+from trips.data.listing_rows import FIELDS, captions_of, check_columns, list_rows, rename
 from trips.errors import ConfigError, DataError
 
 _LISTS = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv", "captions.json")
-_IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path")
-_CAPTION_KEYS = ("captions", "caption", "text", "sentences", "sentence", "title")
-_ID_KEYS = ("image_id", "cocoid", "imgid")
-_SUFFIXES = (*IMAGE_SUFFIXES, "tif", "tiff")
-_FLICKR_LINE = re.compile(r"([^\t]+)#\d+\t(.*)", re.DOTALL)
 
 
 @dataclass
@@ -34,7 +26,8 @@ class ListedImage:
     """One image of a list with all its captions.
 
     Attributes:
-        image: path relative to the folder of the images, with forward slashes; it does not lead out of it.
+        image: path relative to the folder of the images, with forward slashes; it does not lead out of it. Where
+            there are several folders, a path that the list gives in full stays so.
         image_id: as the list gives it, else the path without its suffix.
         captions: at least one, stripped of white space around them.
         source: where the image comes first, "captions.csv line 3".
@@ -62,47 +55,43 @@ def text_problem(text: object) -> str | None:
 
 
 def read_listing(
-    source: str | Path, images: str | Path | None = None, splits: Sequence[str] = ()
+    source: str | Path,
+    images: str | Path | Sequence[str | Path] | None = None,
+    splits: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[ListedImage], dict[str, str]]:
     """Read a list of images with captions; no image is opened. The whole list is held in memory.
 
     Args:
         source: .json, .jsonl, .csv, .tsv or .txt file, or a folder: of one such list (metadata.jsonl, captions.txt,
             ...) beside the images, or of KEY.txt beside KEY.jpg, one caption per line.
-        images: folder that the paths of the list are relative to; None takes that of the list.
+        images: folder that the paths of the list are relative to, or several; None takes that of the list.
         splits: parts of the list to take, by its field "split".
+        columns: what the list calls a field, {"caption": "sentence_en"}; of image, caption, image_id, split.
     Returns:
         The images in the order of the list, and the rows that cannot be used: where they stand, and why.
     Raises:
         DataError: the list is missing or damaged as a whole, or holds several splits and none is chosen.
-        ConfigError: the kind of list is unknown, or a split is not in it.
+        ConfigError: the kind of list is unknown, a split is not in it, or `columns` names no field.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError("does not exist", item=str(path))
-    if path.is_dir():
-        lists = [path / name for name in _LISTS if (path / name).is_file()]
-        if len(lists) > 1:
-            found = [item.name for item in lists]
-            raise DataError("folder holds several lists", item=str(path), found=found, hint="name one of them")
-        path = lists[0] if lists else path
-    root = os.path.abspath(path if path.is_dir() else path.parent) if images is None else os.path.abspath(images)
-    if not os.path.isdir(root):
-        raise DataError("is not a folder of images", item=str(images))
+    path, columns = find_list(source), columns or {}
+    check_columns(columns)
+    roots = image_folders(path, images)
     rejected: dict[str, str] = {}
     listed: dict[str, ListedImage] = {}
     owners: dict[str, str] = {}  # image of each image id
     seen_splits: Counter[str] = Counter()
-    for place, row in _rows(path):
+    for place, row in list_rows(path, columns):
         try:
             if isinstance(row, DataError):
                 raise row
+            row = rename(row, columns)
             split = row.get("split") if isinstance(row, dict) else None
             if split is not None:
                 seen_splits[str(split)] += 1
                 if splits and str(split) not in splits:
                     continue
-            name, image_id, captions = _parse_row(row, root)
+            name, image_id, captions = _parse_row(row, roots)
             if owners.setdefault(image_id, name) != name:
                 raise DataError(f"image id {image_id!r} belongs to {owners[image_id]!r} already", item=name)
         except DataError as error:
@@ -122,6 +111,39 @@ def read_listing(
     return [entry for entry in listed.values() if entry.captions], rejected
 
 
+def find_list(source: str | Path) -> Path:
+    """The list itself: a file, or in a folder its only list; a folder without one is a list of KEY.txt by KEY.jpg.
+
+    Raises:
+        DataError: missing, or a folder with several lists.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise DataError("does not exist", item=str(path))
+    if path.is_dir():
+        lists = [path / name for name in _LISTS if (path / name).is_file()]
+        if len(lists) > 1:
+            found = [item.name for item in lists]
+            raise DataError("folder holds several lists", item=str(path), found=found, hint="name one of them")
+        path = lists[0] if lists else path
+    return path
+
+
+def image_folders(path: Path, images: str | Path | Sequence[str | Path] | None = None) -> list[str]:
+    """Absolute folders that image paths start at: those given, else the folder of the list at `path`.
+
+    Raises:
+        DataError: one of them is no folder.
+    """
+    if images is None or (not isinstance(images, (str, Path)) and not images):
+        images = path if path.is_dir() else path.parent
+    folders = [images] if isinstance(images, (str, Path)) else images
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise DataError("is not a folder of images", item=str(folder))
+    return [os.path.abspath(folder) for folder in folders]
+
+
 def _check_splits(path: Path, splits: Sequence[str], seen: Counter[str]) -> None:
     found = ", ".join(f"{name} ({count})" for name, count in sorted(seen.items()))
     missing = [split for split in splits if split not in seen]
@@ -132,131 +154,36 @@ def _check_splits(path: Path, splits: Sequence[str], seen: Counter[str]) -> None
         raise DataError("holds several splits", item=str(path), found=found, hint='choose: splits=["train"]')
 
 
-def _parse_row(row: object, root: str) -> tuple[str, str, list[Any]]:
-    """Path relative to `root`, image id and captions of one row."""
+def _parse_row(row: object, roots: Sequence[str]) -> tuple[str, str, list[Any]]:
+    """Path relative to the folder of the images, image id and captions of one row."""
     if not isinstance(row, dict):
         raise DataError("row is no object", found=type(row).__name__)
     if None in row:
         raise DataError("more cells than the header has", found=row[None], hint='quote a text with commas: "a, b"')
-    keys = [key for key in _IMAGE_KEYS if row.get(key)]
+    keys = [key for key in FIELDS["image"] if row.get(key)]
     if not keys or not isinstance(row[keys[0]], str):
-        raise DataError("names no image", found=sorted(map(str, row)), expected=f"one of {', '.join(_IMAGE_KEYS)}")
+        expected = ", ".join(FIELDS["image"])
+        raise DataError("names no image", found=sorted(map(str, row)), expected=f"one of {expected}")
     name = row[keys[0]]
     if keys[0] == "filename" and isinstance(row.get("filepath"), str):
         name = os.path.join(row["filepath"], name)
     if "\0" in name:
         raise DataError("path holds a NUL character", item=repr(name))
-    relative = os.path.relpath(os.path.join(root, name), root)
-    if relative.split(os.sep)[0] == os.pardir or os.path.isabs(relative):
-        raise DataError("path leads out of the folder of the images", item=name)
-    relative = relative.replace(os.sep, "/")
-    image_id = next((row[key] for key in _ID_KEYS if row.get(key) is not None), os.path.splitext(relative)[0])
+    relative = _inside(name, roots)
+    image_id = next((row[key] for key in FIELDS["image_id"] if row.get(key) is not None), os.path.splitext(relative)[0])
     if isinstance(image_id, bool) or not isinstance(image_id, (str, int)):
         raise DataError("image id is no text or number", item=name, found=image_id)
     if (problem := text_problem(relative) or text_problem(str(image_id))) is not None:
         raise DataError(f"path or image id {problem}", item=repr(name))
-    given = next((row[key] for key in _CAPTION_KEYS if row.get(key) is not None), [])
-    captions = given if isinstance(given, list) else [given]
-    captions = [caption.get("raw") if isinstance(caption, dict) else caption for caption in captions]
-    return relative, str(image_id), captions
+    return relative, str(image_id), captions_of(row)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a list with the place that messages call it by; a DataError stands for a row that has no form."""
-    if path.is_dir():
-        yield from _folder(path)
-        return
-    readers = {".json": _json, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table, ".txt": _text}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ConfigError("unknown kind of list", item=str(path), expected=f"a folder, or one of {', '.join(readers)}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for place, row in reader(file, path):
-                yield f"{path.name}{place}", row
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"cannot be read: {error}", item=str(path)) from error
-
-
-def _json(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    content = json.load(file)
-    images = content.get("images") if isinstance(content, dict) else content
-    if not isinstance(images, list):
-        raise DataError("is no list of images", item=str(path), expected='[{"image", "caption"}] or {"images": [...]}')
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):  # COCO: joined by the image's id
-        names = {image.get("id"): image.get("file_name") for image in images if isinstance(image, dict)}
-        for i, note in enumerate(content["annotations"]):
-            known = isinstance(note, dict) and isinstance(note.get("image_id"), (str, int))
-            yield f" annotations[{i}]", {"image": names.get(note["image_id"]), **note} if known else note
-        return
-    for i, row in enumerate(images):
-        yield f" [{i}]", row
-
-
-def _json_lines(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row = DataError(f"broken JSON: {error}")  # the lines around it are sound
-        yield f" line {number}", row
-
-
-def _table(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    # strict: a stray quotation mark would otherwise swallow the rows up to the next one.
-    reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    header = reader.fieldnames or []
-    if not set(header) & set(_IMAGE_KEYS) or not set(header) & set(_CAPTION_KEYS):
-        raise DataError(
-            "header names no image or no caption",
-            item=str(path),
-            found=list(header),
-            expected=f"one of {', '.join(_IMAGE_KEYS)} and one of {', '.join(_CAPTION_KEYS)}",
-        )
-    for row in reader:
-        yield f" line {reader.line_num}", row
-
-
-def _text(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """Flickr's lines, or a table in a file called .txt, as Flickr8k is also handed on."""
-    flickr = _FLICKR_LINE.fullmatch(file.readline()) is not None
-    file.seek(0)
-    if not flickr:
-        yield from _table(file, path)
-        return
-    for number, line in enumerate(file, 1):
-        match = _FLICKR_LINE.fullmatch(line)
-        if match is None and not line.strip():
-            continue
-        row = {"image": match[1], "caption": match[2]} if match else DataError("is not image#number<tab>caption")
-        yield f" line {number}", row
-
-
-def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
-    files = {
-        os.path.relpath(os.path.join(base, name), folder).replace(os.sep, "/")
-        for base, _, names in os.walk(folder)
-        for name in names
-    }
-    stems: dict[str, str] = {}
-    for name in sorted(files):
-        stem, suffix = os.path.splitext(name)
-        if suffix[1:].lower() in _SUFFIXES:
-            stems.setdefault(stem, name)
-    for name in sorted(files):
-        stem, suffix = os.path.splitext(name)
-        if suffix[1:].lower() in _SUFFIXES:
-            if stems[stem] != name:
-                yield name, DataError(f"is a second image beside {stems[stem]}")
-            elif f"{stem}.txt" not in files:
-                yield name, DataError("has no text beside it")
-            else:
-                try:
-                    lines = (folder / f"{stem}.txt").read_text(encoding="utf-8-sig").split("\n")
-                    yield name, {"image": name, "captions": [line for line in lines if line.strip()]}
-                except (OSError, UnicodeDecodeError) as error:
-                    yield name, DataError(f"text cannot be read: {error}")
-        elif suffix == ".txt" and stem not in stems:
-            yield name, DataError("has no image beside it")
+def _inside(name: str, roots: Sequence[str]) -> str:
+    """Path of an image relative to its folder; DataError if it is outside of them all."""
+    for root in roots:
+        relative = os.path.relpath(os.path.join(root, name), root)
+        if relative.split(os.sep)[0] != os.pardir and not os.path.isabs(relative):
+            # In two folders one relative path may name two pictures: a full one says which.
+            whole = os.path.isabs(name) and len(roots) > 1
+            return (os.path.normpath(name) if whole else relative).replace(os.sep, "/")
+    raise DataError("path leads out of the folder of the images", item=name, hint="name the folder it lies in")

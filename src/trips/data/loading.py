@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trips.data.records import BadSamples, Question, VqaRecord, normalise_answer
+from trips.data.transforms import TrainTransform
 from trips.errors import ConfigError, DataError
+from trips.images import load_image
 from trips.processor import TripsProcessor
 
 
@@ -53,9 +55,11 @@ class VqaDataset(Dataset):
         seed: of that draw; the same seed, epoch and index give the same questions in any process.
         cache_images: keep resized images in memory as uint8 (H * W * 3 bytes each), so that each is decoded once. Each
             worker process of a data loader would keep its own copy.
+        transform: augmentation, drawn anew each epoch; None resizes.
     Raises:
         DataError: no records; or, while reading, see `bad_samples`.
-        ConfigError: `max_questions_per_image` below 1.
+        ConfigError: `max_questions_per_image` below 1; a transform that flips, since answers may speak of sides, or
+            together with `cache_images`, which would freeze what it draws.
     """
 
     def __init__(
@@ -66,13 +70,23 @@ class VqaDataset(Dataset):
         max_questions_per_image: int | None = None,
         seed: int = 0,
         cache_images: bool = False,
+        transform: TrainTransform | None = None,
     ) -> None:
         self.records = list(records)
         if not self.records:
             raise DataError("no records", item="VqaDataset", hint="did the reader skip every sample?")
         if max_questions_per_image is not None and max_questions_per_image < 1:
             raise ConfigError("must be positive", item="max_questions_per_image", found=max_questions_per_image)
-        self.processor, self.bad_samples = processor, bad_samples
+        if transform is not None and transform.flip != "none":
+            raise ConfigError("would turn left into right in the answers", item="flip", found=transform.flip)
+        if transform is not None and cache_images:
+            raise ConfigError(
+                "keeps images that augmentation changes every epoch",
+                item="cache_images",
+                found=cache_images,
+                hint='set it to false, or data.augment to "none"',
+            )
+        self.processor, self.bad_samples, self.transform = processor, bad_samples, transform
         self.max_questions_per_image, self.seed, self.cache_images = max_questions_per_image, seed, cache_images
         self.epoch = 0
         self._cache: dict[int, np.ndarray] = {}
@@ -83,7 +97,7 @@ class VqaDataset(Dataset):
         return len(self.records)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the draw of questions; call it before the loader's iterator is made."""
+        """Choose the draw of questions and crops; call it before the loader's iterator is made."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> VqaItem:
@@ -101,15 +115,19 @@ class VqaDataset(Dataset):
         return VqaItem(self.processor.normalise([array])[0], self._draw(index), record.source)
 
     def _read(self, index: int) -> np.ndarray:
-        """Resized pixels (H, W, 3) uint8; the first time also proof that every text of the record can be encoded."""
+        """Pixels (H, W, 3) uint8; the first time also proof that every text of the record can be encoded."""
         if index in self._cache:
             return self._cache[index]
         record = self.records[index]
-        array = self.processor.resize(record.image, name=record.source)
+        if self.transform is None:
+            array = self.processor.resize(record.image, name=record.source)
+        else:
+            array = self._augment(record, np.random.default_rng((self.seed, self.epoch, index)))
         if index not in self._checked:
             try:
                 self.processor(text=[question.text for question in record.questions])
-                self.processor.encode_answers([normalise_answer(a) for q in record.questions for a in q.answers])
+                if answers := [normalise_answer(a) for q in record.questions for a in q.answers]:
+                    self.processor.encode_answers(answers)
             except DataError as error:
                 raise DataError(f"question or answer cannot be used: {error}", item=record.source) from error
             self._checked.add(index)
@@ -118,6 +136,16 @@ class VqaDataset(Dataset):
         if self.cache_images:
             self._cache[index] = array
         return array
+
+    def _augment(self, record: VqaRecord, rng: np.random.Generator) -> np.ndarray:
+        if not self.processor.jpeg_draft:
+            return self.transform(load_image(record.image, name=record.source), rng, "")[0]
+        image = record.image
+        try:
+            data = image if isinstance(image, bytes) else image.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", item=record.source) from error
+        return self.transform.decode(data, rng, "", name=record.source)[0]
 
     def _draw(self, index: int) -> tuple[Question, ...]:
         questions, most = self.records[index].questions, self.max_questions_per_image
@@ -145,15 +173,17 @@ class VqaCollator:
             `pixel_values` (I, 3, H, W) float32; `image_index` (B,) long, the image of each question; `input_ids`,
             `attention_mask` (B, L) long; `answer_ids`, `answer_mask` (A, La) long; `answer_tokens` (M,) long, the
             places of (A, La - 1), row-major, behind which a token of an answer stands; `answer_index` (A,) long, the
-            question of each answer; `answer_weights` (A,) float32, which sum to 1 per question. Beside them the lists
-            `question_ids` (B), `sources` (I), and `skipped`, a (source, reason) for each bad sample of the batch. If
-            every sample is bad, I = B = A = 0 and L = La = 0.
+            question of each answer; `answer_weights` (A,) float32, which sum to the question's `loss_weight`. Beside
+            them the lists `question_ids` (B), `sources` (I), and `skipped`, a (source, reason) for each bad sample of
+            the batch. If every sample is bad, I = B = A = 0 and L = La = 0; questions without answers alone have A = 0.
         """
         pixels = [item.pixel_values for item in items if item.pixel_values is not None]
         good = [item for item in items if item.pixel_values is not None]
         questions = [(i, question) for i, item in enumerate(good) for question in item.questions]
         answers = [
-            (b, text, weight) for b, (_, question) in enumerate(questions) for text, weight in _merge(question).items()
+            (b, text, weight * question.loss_weight)
+            for b, (_, question) in enumerate(questions)
+            for text, weight in answer_shares(question).items()
         ]
         batch: dict[str, Any] = {
             "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.processor.image_size),
@@ -167,9 +197,10 @@ class VqaCollator:
         empty = torch.zeros(0, 0, dtype=torch.long)
         texts = answer_texts = {"input_ids": empty, "attention_mask": empty}
         if questions:
-            multiple = self.pad_to_multiple_of
-            texts = self.processor(text=[question.text for _, question in questions], pad_to_multiple_of=multiple)
-            answer_texts = self.processor.encode_answers([text for _, text, _ in answers], multiple)
+            asked = [question.text for _, question in questions]
+            texts = self.processor(text=asked, pad_to_multiple_of=self.pad_to_multiple_of)
+        if answers:
+            answer_texts = self.processor.encode_answers([text for _, text, _ in answers], self.pad_to_multiple_of)
         batch |= {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
         batch |= {"answer_ids": answer_texts["input_ids"], "answer_mask": answer_texts["attention_mask"]}
         # Which places predict a token of an answer: known here without asking a device.
@@ -177,8 +208,8 @@ class VqaCollator:
         return batch
 
 
-def _merge(question: Question) -> dict[str, float]:
-    """Weight of each canonical answer; spellings that normalise to the same text share one entry."""
+def answer_shares(question: Question) -> dict[str, float]:
+    """Share of the people behind each answer in the form of `normalise_answer`, which joins spellings."""
     merged: dict[str, float] = {}
     for answer, weight in zip(question.answers, question.weights, strict=True):
         text = normalise_answer(answer)
@@ -210,8 +241,19 @@ class AnswerList(Sequence[str]):
 
     @classmethod
     def from_records(cls, records: Iterable[VqaRecord], min_count: int = 1) -> AnswerList:
-        """Collect the answers of training records that at least `min_count` questions have, most frequent first."""
-        counts = Counter(text for record in records for question in record.questions for text in _merge(question))
+        """Collect the answers of training records that at least `min_count` questions have, most frequent first.
+
+        Raises:
+            DataError: no answer occurs so often.
+        """
+        counts = Counter(
+            text for record in records for question in record.questions for text in answer_shares(question)
+        )
+        most = max(counts.values(), default=0)
+        if most < min_count:
+            raise DataError(
+                "no answer occurs so often", item="min_answer_count", found=min_count, expected=f"at most {most}"
+            )
         return cls(sorted((a for a, n in counts.items() if n >= min_count), key=lambda a: (-counts[a], a)))
 
     def __len__(self) -> int:
@@ -235,10 +277,9 @@ class AnswerList(Sequence[str]):
         return self._index.get(normalise_answer(answer))
 
     def coverage(self, records: Iterable[VqaRecord]) -> float:
-        """Share of questions with at least one answer in the list: the best accuracy that ranking can reach."""
-        reachable = [
-            any(answer in self for answer in question.answers) for record in records for question in record.questions
-        ]
+        """Share of the answered questions with an answer in the list: the others cannot be got right by ranking."""
+        answered = (question for record in records for question in record.questions if question.answers)
+        reachable = [any(answer in self for answer in question.answers) for question in answered]
         return sum(reachable) / len(reachable) if reachable else 0.0
 
     def save(self, path: str | Path) -> None:

@@ -1,18 +1,21 @@
 """Image-text pairs as they stand in shards: one image and its texts.
 
-Feeds pre-training (4.1). Read are the layouts of img2dataset, of ``trips data pack``, and of questions about images.
+Feeds pre-training (4.1) and retrieval (5.1.3). Read are the layouts of img2dataset, of ``trips data pack``, and of
+questions about images.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trips.data.listings import text_problem
 from trips.data.records import IMAGE_SUFFIXES
 from trips.data.shards import Members
 from trips.errors import DataError
+from trips.images import FileSlice
 
 MAX_CLEAN_WORDS = 30
 _REMOVED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
@@ -23,16 +26,27 @@ class PairRecord:
     """One image and its texts.
 
     Attributes:
-        image: encoded bytes, not yet decoded.
+        image: encoded bytes, or where they are, not yet decoded.
         texts: captions or questions as written or cleaned, at least one.
         image_id: name of the image in its corpus, which samples with one image share; None if it has none.
         source: where it came from; messages call it by this name.
     """
 
-    image: bytes = field(repr=False)
+    image: bytes | Path | FileSlice = field(repr=False)
     texts: tuple[str, ...]
     image_id: str | None
     source: str
+
+    def image_bytes(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            DataError: its file cannot be read.
+        """
+        try:
+            return self.image if isinstance(self.image, bytes) else self.image.read_bytes()
+        except OSError as error:
+            raise DataError(f"image file cannot be read: {error.strerror or error}", item=self.source) from error
 
 
 def parse_pair(members: Members, source: str, clean: bool = False) -> PairRecord:
@@ -49,6 +63,8 @@ def parse_pair(members: Members, source: str, clean: bool = False) -> PairRecord
     Raises:
         DataError: not exactly one image, no usable text, broken JSON, a key of the wrong type.
     """
+    if members.problem is not None:
+        raise DataError(members.problem, item=source)
     if members.image is None:
         expected = f"one of {', '.join(IMAGE_SUFFIXES)}"
         raise DataError("needs exactly one image", item=source, found=members.num_images, expected=expected)

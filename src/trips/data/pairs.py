@@ -1,8 +1,8 @@
-"""Image-text pairs for pre-training: the dataset over several corpora.
+"""Image-text pairs for pre-training and retrieval: the dataset over several corpora.
 
-Section 4.1: conceptual captions, SBU, COCO and Visual Genome together, one caption of several drawn at random (ALBEF).
-`PairDataset` answers "which pair stands at this position of this epoch", in any process; `trips.train.pair_data` asks,
-and `trips.data.pair_batches` joins what it gets.
+Section 4.1: conceptual captions, SBU, COCO and Visual Genome together, one caption of several drawn at random (ALBEF);
+over the rounds of a corpus all captions of an image have their turn. `PairDataset` answers "which pair stands at this
+position of this epoch", in any process; `trips.train.pair_data` asks, and `trips.data.pair_batches` joins what it gets.
 
 Legend: H, W height and width in pixels of the model's input.
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,18 +20,17 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from trips.data.listed_shards import open_shards, reading, report_problems
 from trips.data.order import CorpusOrder, MixedOrder, Place
 from trips.data.pair_batches import PairItem
 from trips.data.pair_records import PairRecord, parse_pair
 from trips.data.records import BadSamples
-from trips.data.remote import ShardCache, expand_patterns, is_remote, locate_samples
+from trips.data.remote import ShardCache, is_remote
 from trips.data.shards import Members, Shard
 from trips.data.transforms import TrainTransform
 from trips.errors import ConfigError, DataError, ShapeError
 from trips.images import load_image
 from trips.processor import TripsProcessor
-
-logger = logging.getLogger("trips")
 
 Transform = Callable[[Image.Image, np.random.Generator, str], tuple[np.ndarray, str]]
 
@@ -47,13 +45,17 @@ class Corpus:
 
     Attributes:
         name: of the corpus; parts its image ids from those of others, and seeds its order.
-        patterns: paths, URLs, patterns; see `trips.data.remote.expand_patterns`.
+        patterns: tars and lists of images, see `trips.data.listed_shards.open_shards`.
         weight: how often each sample comes per epoch; 0.5 is half of them, then the other half.
+        images: folders that image paths of lists start at, tried in turn; none takes that of the list.
+        columns: other names of fields in lists.
     """
 
     name: str
     patterns: str | Path | Sequence[str | Path]
     weight: float = 1.0
+    images: Sequence[str | Path] = ()
+    columns: Mapping[str, str] | None = None
 
 
 class _Drawn(NamedTuple):
@@ -85,7 +87,8 @@ class PairDataset(Dataset):
         transform: augmentation, called with the decoded image, a generator and the text; returns (H, W, 3) uint8 and
             the text, which it may change. None resizes by the processor. A `TrainTransform` decodes large JPEG files
             no finer than it needs if the processor's `jpeg_draft` is set.
-        bad_samples: where damaged shards, and later bad samples, are counted; None raises at the first.
+        bad_samples: where damaged shards, bad rows of lists, and later bad samples are counted; None raises at the
+            first.
         seed: of order, draws and augmentation; 0 or more.
         shuffle_shards: shards of a corpus whose samples are mixed; the cache has to hold them all.
         cache: local copies of remote shards.
@@ -117,15 +120,19 @@ class PairDataset(Dataset):
         self.corpora, self.processor, self.transform = list(corpora), processor, transform
         self.bad_samples, self.seed, self.cache, self.clean = bad_samples, seed, cache or ShardCache(), clean
         self.shards = [
-            [
-                Shard(place, locate_samples(place, self.cache, write_indexes))
-                for place in expand_patterns(corpus.patterns, corpus.name)
-            ]
+            open_shards(
+                corpus.patterns,
+                corpus.name,
+                self.cache,
+                images=corpus.images,
+                columns=corpus.columns,
+                write_indexes=write_indexes,
+            )
             for corpus in corpora
         ]
+        report_problems([shard for shards in self.shards for shard in shards], bad_samples)
         orders = []
         for corpus, shards in zip(corpora, self.shards):
-            self._report_damage(shards)
             if not any(len(shard) for shard in shards):
                 raise DataError("no samples in any shard", item=corpus.name, found=shards[0].location)
             counts = [len(shard) for shard in shards]
@@ -152,7 +159,7 @@ class PairDataset(Dataset):
             DataError: its shard cannot be opened, fetched or read.
         """
         shard = self.shards[place.corpus][place.shard]
-        with self.cache.open(shard.location, shard.index.size if is_remote(shard.location) else None) as stream:
+        with reading(shard, self.cache) as stream:
             return shard.read(place.sample, stream)
 
     def __getitem__(self, key: tuple[int, int]) -> PairItem:
@@ -235,13 +242,13 @@ class PairDataset(Dataset):
     def _draw(self, record: PairRecord, place: Place, key: tuple[int, int]) -> _Drawn:
         """Choose a text, decode the image."""
         position = (self.seed, *key)
-        text = record.texts[_hash63(f"{self.seed}-{place.round}-{record.source}") % len(record.texts)]
+        text = self._choose(record, place.round)
         if self.transform is None:
             pixels = self.processor.resize(record.image, name=record.source)
         else:
             rng = np.random.default_rng((*position, _AUGMENT))
             if self.processor.jpeg_draft and isinstance(self.transform, TrainTransform):
-                pixels, text = self.transform.decode(record.image, rng, text, name=record.source)
+                pixels, text = self.transform.decode(record.image_bytes(), rng, text, name=record.source)
             else:
                 pixels, text = self.transform(load_image(record.image, name=record.source), rng, text)
             if pixels.shape != (*self.processor.image_size, 3) or pixels.dtype != np.uint8:
@@ -255,6 +262,16 @@ class PairDataset(Dataset):
         image_id = _hash63(f"{self.corpora[place.corpus].name}\0{name}")
         return _Drawn(pixels, text, image_id, record.source, position)
 
+    def _choose(self, record: PairRecord, round_: int) -> str:
+        """The text of a round: in as many rounds as an image has texts, each comes once, in an order of the image's."""
+        count = len(record.texts)
+        if count == 1:
+            return record.texts[0]
+        turn, place = divmod(round_, count)
+        image = record.source if record.image_id is None else record.image_id  # the same in a list and packed
+        order = np.random.default_rng(_hash63(f"{self.seed}-{turn}-{image}")).permutation(count)
+        return record.texts[order[place]]
+
     def _encode(self, texts: list[str]) -> list[list[int] | None]:
         """Token ids; None for a text of which the tokenizer leaves nothing."""
         try:
@@ -262,20 +279,12 @@ class PairDataset(Dataset):
         except DataError:  # which one it is, shows only one by one
             return [self._encode([text])[0] for text in texts] if len(texts) > 1 else [None]
 
-    def _report_damage(self, shards: list[Shard]) -> None:
-        for shard in shards:
-            if shard.index.damage is not None:
-                reason = f"{shard.index.damage}; {len(shard)} samples before it are used"
-                if self.bad_samples is None:
-                    raise DataError(reason, item=shard.location, hint="copy it again")
-                logger.warning("%s: %s", shard.location, reason)
-                self.bad_samples.record(shard.location, reason)
-
     def _check_cache(self, shuffle_shards: int) -> None:
         """Refuse a cache that would throw away a shard before all its samples are read."""
         needed = 0
         for shards in self.shards:
-            sizes = sorted((shard.index.size for shard in shards if is_remote(shard.location)), reverse=True)
+            tars = [shard for shard in shards if isinstance(shard, Shard) and is_remote(shard.location)]
+            sizes = sorted((shard.index.size for shard in tars), reverse=True)
             needed += sum(sizes[:shuffle_shards])
         if needed > self.cache.max_bytes:
             raise ConfigError(

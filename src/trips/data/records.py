@@ -25,6 +25,7 @@ from trips.images import FileSlice
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 _TAR_BLOCK = 512
+_META_MEMBER = re.compile(r"__[^/]*__(/|$)")  # of webdataset: about the tar, not of a sample
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Question:
     Attributes:
         question_id: unique over the data set.
         text: the question as written.
-        answers: distinct answers as written, at least one; compare them through `normalise_answer`.
+        answers: distinct answers as written; compare them through `normalise_answer`. Empty where the set keeps them
+            back, as test sets do.
         weights: share of the people who gave each answer; they sum to 1.
         given: every person's answer in the order of the file, which the official accuracy needs; empty where unknown.
         question_type, answer_type: kinds that accuracies are told apart by, such as "how many" and "number".
@@ -52,7 +54,7 @@ class Question:
 
     @classmethod
     def of(cls, question_id: str, text: str, given: Sequence[str], **fields: Any) -> Question:
-        """A question with the answers of one or several people; other `fields` as above."""
+        """A question with the answers of one person, several or none; other `fields` as above."""
         counts = Counter(given)
         shares = tuple(count / len(given) for count in counts.values())
         return cls(question_id, text, tuple(counts), shares, tuple(given), **fields)
@@ -182,13 +184,13 @@ def read_vqa_shards(paths: Iterable[Path | str], bad_samples: BadSamples | None 
         paths: plain tar files.
         bad_samples: where to count bad samples; None raises at the first.
     Returns:
-        Iterator over records; images are not decoded yet.
+        Iterator over records; images stay where they are in the tars.
     Raises:
         DataError: no path given; a tar is missing, empty, truncated or no plain tar; a bad sample, or too many.
         MissingDependencyError: webdataset is not installed.
     """
     try:
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
     except ImportError as error:
         raise MissingDependencyError(
             "needed to read tar shards", item="webdataset", hint='pip install "trips-vlm[train]"'
@@ -204,15 +206,13 @@ def read_vqa_shards(paths: Iterable[Path | str], bad_samples: BadSamples | None 
     def records() -> Iterator[VqaRecord]:
         seen_ids: set[str] = set()
         for shard in shards:
-            # Files are opened here and not by webdataset, which would expand braces and run "pipe:" paths as commands.
-            with shard.open("rb") as stream:
-                samples = group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
-                while (sample := _next_sample(samples, shard)) is not None:
-                    source, record = f"{shard.name}:{sample['__key__']}", None
-                    with bad_samples.guard(source) if bad_samples is not None else nullcontext():
-                        record = _check_new(_parse_sample(sample, source), seen_ids)
-                    if record is not None:
-                        yield record
+            samples = group_by_keys(_members(shard))
+            while (sample := _next_sample(samples, shard)) is not None:
+                source, record = f"{shard.name}:{sample['__key__']}", None
+                with bad_samples.guard(source) if bad_samples is not None else nullcontext():
+                    record = _check_new(_parse_sample(sample, source), seen_ids)
+                if record is not None:
+                    yield record
 
     return records()
 
@@ -239,6 +239,21 @@ def _check_tar(path: Path) -> None:
         file.seek(end + -end % _TAR_BLOCK)
         if file.read(2 * _TAR_BLOCK) != bytes(2 * _TAR_BLOCK):
             raise DataError(f"tar file is truncated or damaged behind byte {end} of {size}", item=str(path))
+
+
+def _members(shard: Path) -> Iterator[dict[str, Any]]:
+    """Files of a tar in the form that webdataset groups by their keys; only annotations are read.
+
+    webdataset's own reader takes every image into memory, expands braces in names and runs "pipe:" names as commands.
+    """
+    path = shard.absolute()
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.isreg() and not _META_MEMBER.match(member.name):
+                data: Any = FileSlice(path, member.offset_data, member.size)
+                if member.name.lower().endswith(".json"):
+                    data = data.read_bytes()
+                yield {"fname": member.name, "data": data, "__url__": str(shard)}
 
 
 def _next_sample(samples: Iterator[dict[str, Any]], shard: Path) -> dict[str, Any] | None:

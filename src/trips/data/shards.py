@@ -25,6 +25,7 @@ import numpy as np
 
 from trips.data.records import IMAGE_SUFFIXES
 from trips.errors import DataError
+from trips.images import FileSlice
 
 logger = logging.getLogger("trips")
 
@@ -96,18 +97,20 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class Members:
-    """What one sample holds, as bytes.
+    """What one sample holds.
 
     Attributes:
-        image: the encoded picture, or None.
+        image: the encoded picture, or where it is, or None.
         json, txt: the annotation files, or None.
         num_images: 0, 1, or 2 for more than one.
+        problem: why there is no image, where the shard knows.
     """
 
-    image: bytes | None = field(repr=False)
+    image: bytes | Path | FileSlice | None = field(repr=False)
     json: bytes | None = field(repr=False)
     txt: bytes | None = field(repr=False)
     num_images: int
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,19 +137,23 @@ class Shard:
         """How messages call a sample: "file.tar:KEY"."""
         return f"{self.name}:{self.index.key(sample)}"
 
-    def read(self, sample: int, stream: BinaryIO) -> Members:
+    def read(self, sample: int, stream: BinaryIO, whole: bool = True) -> Members:
         """Read one sample.
 
         Args:
             sample: 0 to S - 1.
             stream: the opened tar.
+            whole: read its image too; else the image is left in the tar, which has to be a local file.
         Raises:
             DataError: the tar has become shorter, or cannot be read.
         """
-        parts: list[bytes | None] = []
-        for offset, size in self.index.members[sample].tolist():
+        parts: list[bytes | FileSlice | None] = []
+        for column, (offset, size) in enumerate(self.index.members[sample].tolist()):
             if offset < 0:
                 parts.append(None)
+                continue
+            if column == 0 and not whole:
+                parts.append(FileSlice(Path(self.location), offset, size))
                 continue
             try:
                 stream.seek(offset)

@@ -1,4 +1,4 @@
-"""Which vision passes a step of pre-training needs, and the pairs that meet in the fusion encoder (section 3.3).
+"""Which vision passes a training step needs, and the pairs that meet in the fusion encoder (section 3.3).
 
 `VisionPlan` turns the three guides of `PretrainingConfig` into passes: whose selection the contrastive feature, the
 negative pairs and the masked text see. `fuse_pairs` makes what is missing in one vision pass over cached prefixes, and
@@ -41,15 +41,26 @@ class VisionPlan:
     everywhere: bool
 
     @classmethod
-    def of(cls, selection: SelectionConfig, options: PretrainingConfig, observe: bool = False) -> VisionPlan:
-        """The plan with the fewest passes: where nothing is removed, or not by the text, one pass serves them all."""
+    def of(
+        cls, selection: SelectionConfig, options: PretrainingConfig, observe: bool = False, mlm: bool = True
+    ) -> VisionPlan:
+        """The plan with the fewest passes: where nothing is removed, or not by the text, one pass serves them all.
+
+        Args:
+            selection: setting of the step.
+            options: the guides.
+            observe: a full-patch step.
+            mlm: whether the step has a masked text.
+        """
         removes = not observe and selection.active and min(selection.rates) < 1
         by_text = removes and selection.guide == "text"
+        if not removes and not observe:
+            selection = selection.replace(guide="none")  # the same tower, of which nothing is left for the suffix
         return cls(
             selection,
             contrastive_selection(selection, options) if removes else None,
             by_text and options.itm_guide == "anew",
-            by_text and options.mlm_guide == "masked",
+            by_text and mlm and options.mlm_guide == "masked",
             observe,
             options.negatives == "global",
         )
@@ -73,23 +84,25 @@ def fuse_pairs(
     prefix: VisionPrefix,
     first: VisionOutput,
     text: Tensor,
-    masked: Tensor,
+    masked: Tensor | None,
     attention_mask: Tensor,
     negatives: tuple[Tensor, Tensor],
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fuse four blocks of B rows: (image, text), (negative image, text), (image, negative text), (image, masked text).
+    """Fuse blocks of B rows: (image, text), (negative image, text), (image, negative text) and (image, masked text).
 
     Args:
         trips: the towers.
         plan: of this step.
         prefix: B rows.
         first: the pass that the contrastive feature came from; where `plan.contrast` is None, of the positive pairs.
-        text, masked: (B, L, D) of the text encoder. attention_mask: (B, L) of both.
+        text, masked: (B, L, D) of the text encoder; masked is None where there is none, and so has no block.
+        attention_mask: (B, L) of both.
         negatives: (image_index, text_index), both (B,): rows of this process, or of all if `plan.everywhere`.
         generator: noise of the random guide.
     Returns:
-        (4 B, L, D) fused states, and the fusion's attention (B, E - 1) of the first block in a full-patch step.
+        (4 B, L, D) fused states, 3 B without a masked text, and the fusion's attention (B, E - 1) of the first block in
+        a full-patch step.
     """
     rows, (image_index, text_index) = text.shape[0], negatives
     other_text = _pool(text, plan).index_select(0, text_index)
@@ -118,14 +131,13 @@ def fuse_pairs(
         other_image, image_again = next(states), next(states)
     else:
         other_image, image_again = _pool(image, plan).index_select(0, image_index), image
-    masked_image = next(states) if plan.masked else image
-
-    blocks = (
+    blocks = [
         (text, attention_mask, image),
         (text, attention_mask, other_image),
         (other_text, other_mask, image_again),
-        (masked, attention_mask, masked_image),
-    )
+    ]
+    if masked is not None:
+        blocks.append((masked, attention_mask, next(states) if plan.masked else image))
     if not plan.observe:
         return trips.fusion(*(torch.cat(parts) for parts in zip(*blocks)))[0], None
     # Only the positive pairs teach: the others need not pay for the attention maps.

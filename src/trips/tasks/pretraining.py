@@ -1,21 +1,16 @@
 """Pre-training: image-text contrast, matching with hard negatives, masked language modelling (section 3.3).
 
-The three losses are summed. Paper and ALBEF do not say whose selection an image has seen where it meets another text
-than its own; `PretrainingConfig` has an option for each place, and by default nothing leaks.
+Contrast and matching are those of `trips.tasks.retrieval`, which says what a batch has to be; this adds the masked
+words. The three losses are summed.
 
-Data contract of a batch: ``pixel_values`` (B, 3, H, W), ``input_ids`` and ``attention_mask`` (B, L), ``mlm_input_ids``
-(B, L), ``mlm_positions`` and ``mlm_labels`` (M,), ``image_ids`` and ``caption_ids`` (B,). A pair of the batch without
-any other image and caption in it has no hard negative: `trips.losses.check_negatives` refuses it where batches are
-made. Over several processes all have the same B, and with ``negatives="global"`` the same L.
+Data contract of a batch, beside that of retrieval: ``mlm_input_ids`` (B, L), ``mlm_positions`` and ``mlm_labels`` (M,).
 
-Dimensions: B pairs of this process, L text tokens, E image tokens, D width, P projection width, Q queue length,
-C candidates, M masked places, V vocabulary.
+Dimensions: B pairs of this process, L text tokens, M masked places, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +18,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from trips.config import SelectionConfig, TripsConfig
-from trips.errors import ConfigError, ShapeError
-from trips.losses import itm_loss, mlm_loss, selection_distillation_loss
-from trips.model import TripsModel, TripsPreTrainedModel
-from trips.momentum import FeatureQueue, update_momentum
-from trips.options import TEMPERATURE_RANGE
-from trips.tasks.contrast import Candidates, contrastive_loss, draw_negatives
-from trips.tasks.passes import VisionPlan, fuse_pairs
-from trips.tasks.teacher import MlmHead, MomentumTeacher, masked_states, project
-from trips.vision import VisionPrefix
+from trips.losses import mlm_loss
+from trips.tasks.retrieval import TripsForImageTextRetrieval, check_shapes
+from trips.tasks.teacher import MaskedText, MlmHead, masked_states
 
 
 @dataclass
@@ -51,135 +40,26 @@ class PretrainingOutput(ModelOutput):
     loss_distill: Tensor | None = None
 
 
-class TripsForPreTraining(TripsPreTrainedModel):
+class TripsForPreTraining(TripsForImageTextRetrieval):
     """TRIPS with the heads of its three objectives, momentum teacher and feature queue.
 
-    Teacher and queue are training state: `state_dict` holds them, `save_pretrained` leaves them out, and
-    `from_pretrained` starts them anew from the weights.
+    Teacher and queue are training state, as in `TripsForImageTextRetrieval`.
 
     Args:
         config: see `TripsConfig`; ``config.pretraining`` holds the choices of this class.
     """
 
-    heads = ("image_projection", "text_projection", "itm_head", "mlm_head", "temperature")  # start at random
-    contrastive = True  # the loss depends on how many pairs meet in one forward pass
-    _keys_to_ignore_on_load_missing = [r"^momentum\.", r"^queue\."]
+    heads = ("image_projection", "text_projection", "itm_head", "mlm_head", "temperature")
+    taught_parts = (*TripsForImageTextRetrieval.taught_parts, "mlm_head")
+    _keys_to_ignore_on_load_unexpected = None
 
-    def __init__(self, config: TripsConfig) -> None:
-        super().__init__(config)
-        options, width = config.pretraining, config.text_config.hidden_size
-        self.trips = TripsModel(config)
-        self.image_projection = nn.Linear(config.vision_config.hidden_size, options.projection_dim)
-        self.text_projection = nn.Linear(width, options.projection_dim)
-        self.itm_head = nn.Linear(width, 2)
+    def _add_heads(self, config: TripsConfig) -> None:
         self.mlm_head = MlmHead(config.text_config)
-        # One element and not none: FSDP cannot shard a scalar.
-        self.temperature = nn.Parameter(torch.full((1,), options.temperature))
-        # A tensor, so that a ramp neither recompiles a compiled step nor is copied to the device anew.
-        self.register_buffer("alpha", torch.tensor(options.alpha_at(0)), persistent=False)
-        self.post_init()
-        parts = (self.trips, self.image_projection, self.text_projection, self.mlm_head)
-        self.momentum = MomentumTeacher(*parts) if options.has_teacher else None
-        self.queue = FeatureQueue(options.queue_size, options.projection_dim) if options.queue_size else None
-        self._keys_to_ignore_on_save = {name for name in self.state_dict() if name.startswith(("momentum.", "queue."))}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MlmHead):
             init.zeros_(module.bias)
-        elif module is self:
-            init.constant_(self.temperature, self.config.pretraining.temperature)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """As transformers' own; teacher and queue then start anew from the loaded weights."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).reset_momentum()
-        return loaded
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Word embeddings of the text encoder; also the output weights of the MLM head."""
-        return self.trips.get_input_embeddings()
-
-    @torch.no_grad()
-    def reset_momentum(self) -> None:
-        """Start the training state anew: copies equal to the weights, an empty queue, alpha of step 0."""
-        if self.momentum is not None:
-            self.momentum.copy_from(self)
-        if self.queue is not None:
-            self.queue.reset()
-        self.alpha.fill_(self.config.pretraining.alpha_at(0))
-
-    @torch.no_grad()
-    def encode_image(
-        self,
-        pixel_values: Tensor | None = None,
-        *,
-        prefix: VisionPrefix | None = None,
-        selection: SelectionConfig | None = None,
-    ) -> Tensor:
-        """Contrastive image features, free of any text: (I, 3, H, W) -> (I, P), normalised, float32.
-
-        A model trained with ``itc_guide="text"`` has no such feature; here its image [CLS] guides.
-
-        Args:
-            prefix: from `trips.encode_prefix`, in place of pixel_values.
-            selection: setting of this call, else `config.selection`.
-        """
-        selection, options = selection or self.config.selection, self.config.pretraining
-        if (pixel_values is None) == (prefix is None):
-            raise ConfigError("give either pixel_values or prefix", item="encode_image")
-        prefix = prefix or self.trips.encode_prefix(pixel_values, selection)
-        free = options if options.itc_guide != "text" else options.replace(itc_guide="image")
-        selection = VisionPlan.of(selection, free).contrast or selection
-        return project(self.image_projection, self.trips.vision.suffix(prefix, None, selection).last_hidden_state)
-
-    @torch.no_grad()
-    def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Contrastive text features: (B, L) -> (B, P), normalised, float32."""
-        return project(self.text_projection, self.trips.encode_text(input_ids, attention_mask))
-
-    @torch.no_grad()
-    def match(
-        self,
-        prefix: VisionPrefix,
-        image_index: Tensor,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        text_states: Tensor | None = None,
-        selection: SelectionConfig | None = None,
-    ) -> Tensor:
-        """ITM logit of "match" for each pair, the image selected by the text it is paired with: (B,).
-
-        Args:
-            prefix: I rows, from `trips.encode_prefix`. image_index: (B,) the image of each text.
-            input_ids, attention_mask: (B, L).
-            text_states: (B, L, D) from `trips.encode_text`, in place of input_ids.
-            selection: setting of this call, else `config.selection`.
-        """
-        output = self.trips(
-            input_ids,
-            attention_mask,
-            image_index=image_index,
-            prefix=prefix,
-            text_states=text_states,
-            selection=selection,
-        )
-        return self.itm_head(output.last_hidden_state[:, 0])[:, 1]
-
-    @torch.no_grad()
-    def start_step(self, step: int) -> None:
-        """What happens once before every optimizer step: moving average, alpha, temperature bounds (after ALBEF).
-
-        Args:
-            step: 0-based. At step 0 the copies take the weights as they are, however these came into the model.
-        """
-        options = self.config.pretraining
-        self.temperature.clamp_(*TEMPERATURE_RANGE)
-        self.alpha.fill_(options.alpha_at(step))
-        if self.momentum is not None:
-            update_momentum(self.momentum, self, options.momentum if step else 0.0)
 
     def forward(
         self,
@@ -213,61 +93,22 @@ class TripsForPreTraining(TripsPreTrainedModel):
         Raises:
             ConfigError: distillation without a guide that can learn. ShapeError: rows do not fit.
         """
-        selection, options = selection or self.config.selection, self.config.pretraining
-        if distill and (not selection.active or selection.guide == "random"):
-            raise ConfigError("there is no guide to teach", item="distill", found=selection.guide)
-        for name, found, expected in (
-            ("pixel_values", pixel_values.shape[:1], input_ids.shape[:1]),
-            ("attention_mask", attention_mask.shape, input_ids.shape),
+        selection = selection or self.config.selection
+        check_shapes(
             ("mlm_input_ids", mlm_input_ids.shape, input_ids.shape),
             ("mlm_positions", mlm_positions.shape, (mlm_positions.numel(),)),
             ("mlm_labels", mlm_labels.shape, mlm_positions.shape),
-            ("image_ids", image_ids.shape, input_ids.shape[:1]),
-            ("caption_ids", caption_ids.shape, input_ids.shape[:1]),
-        ):
-            if tuple(found) != tuple(expected):
-                raise ShapeError("does not fit the batch", item=name, found=tuple(found), expected=tuple(expected))
-        plan = VisionPlan.of(selection, options, distill)
-
-        ids, masks = torch.cat([input_ids, mlm_input_ids]), attention_mask.repeat(2, 1)
-        text, masked = self.trips.encode_text(ids, masks).split(input_ids.shape[0])
-        prefix = self.trips.encode_prefix(pixel_values, selection)
-        first = self.trips.vision.suffix(
-            prefix,
-            None if plan.contrast else text[:, 0],
-            plan.contrast or selection,
-            observe=distill,
-            generator=generator,
         )
-        image_features = project(self.image_projection, first.last_hidden_state)
-        text_features = project(self.text_projection, text)
+        masked_text = MaskedText(mlm_input_ids, mlm_positions)
+        losses = self.pair_losses(
+            pixel_values, input_ids, attention_mask, image_ids, caption_ids, masked_text, negatives, selection, distill,
+            generator,
+        )  # fmt: skip
+        logits = self.mlm_head(masked_states(losses.masked, mlm_positions), self.get_input_embeddings().weight)
+        taught = None if losses.taught is None else losses.taught.mlm_logits
+        loss_mlm = mlm_loss(logits, mlm_labels, taught, self.alpha)
 
-        taught = None
-        if self.momentum is not None:
-            mlm = (mlm_input_ids, mlm_positions) if options.alpha > 0 else (None, None)
-            taught = self.momentum(pixel_values, input_ids, attention_mask, *mlm, plan, generator)
-        candidates = Candidates.gather(image_features, text_features, image_ids, taught, self.queue)
-        features = image_features, text_features, image_ids
-        soft = taught if options.alpha > 0 else None
-        loss_itc = contrastive_loss(*features, candidates, self.temperature, soft, self.alpha)
-        if negatives is None:
-            negatives = draw_negatives(*features, caption_ids, candidates, self.temperature, plan.everywhere, generator)
-        if self.queue is not None and self.training:
-            now = slice(candidates.num_now)
-            self.queue.enqueue(candidates.image[now], candidates.text[now], candidates.ids[now])
-        fused, attention = fuse_pairs(
-            self.trips, plan, prefix, first, text, masked, attention_mask, negatives, generator
-        )
-        *pairs, masked_fused = fused.split(input_ids.shape[0])
-        matching = self.itm_head(torch.cat([states[:, 0] for states in pairs]))
-        loss_itm = itm_loss(matching, (torch.arange(len(matching), device=matching.device) < len(text)).long())
-        logits = self.mlm_head(masked_states(masked_fused, mlm_positions), self.get_input_embeddings().weight)
-        loss_mlm = mlm_loss(logits, mlm_labels, None if taught is None else taught.mlm_logits, self.alpha)
-
-        loss, loss_distill = loss_itc + loss_itm + loss_mlm, None
-        if distill:
-            logits = [record.logits for record in first.selections]
-            loss_distill = selection_distillation_loss(logits, attention, selection.distill_temperature)
-            loss = loss + selection.distill_weight * loss_distill
-            loss_distill = loss_distill.detach()
-        return PretrainingOutput(loss, loss_itc.detach(), loss_itm.detach(), loss_mlm.detach(), loss_distill)
+        loss, loss_distill = losses.itc + losses.itm + loss_mlm, losses.distill
+        if loss_distill is not None:
+            loss, loss_distill = loss + selection.distill_weight * loss_distill, loss_distill.detach()
+        return PretrainingOutput(loss, losses.itc.detach(), losses.itm.detach(), loss_mlm.detach(), loss_distill)

@@ -1,4 +1,4 @@
-"""The momentum teacher of pre-training, and the head for masked tokens that it copies (section 3.3, after ALBEF).
+"""The momentum teacher of contrast and masked words, and the head for these that it copies (3.3, after ALBEF).
 
 The teacher's text guides its own vision tower, by the same `VisionPlan` as the model's.
 
@@ -49,6 +49,19 @@ def masked_states(fused: Tensor, positions: Tensor) -> Tensor:
     return fused.flatten(0, 1).index_select(0, positions)
 
 
+@dataclass(frozen=True)
+class MaskedText:
+    """The texts of a batch with words hidden.
+
+    Attributes:
+        input_ids: (B, L) with masks.
+        positions: (M,) flat row-major places in (B, L) of the hidden tokens.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+
+
 @dataclass
 class TeacherOutput:
     """What the teacher says about a batch, without gradient.
@@ -64,7 +77,7 @@ class TeacherOutput:
 
 
 class MomentumTeacher(nn.Module):
-    """Moving-average copies of towers, fusion encoder, both projections and the MLM head (after ALBEF).
+    """Moving-average copies of towers, fusion encoder, both projections and any MLM head (after ALBEF).
 
     Its parameters have the names of the model's own. It has no gradient, and the mode of the model: dropout is active
     in training, as in ALBEF.
@@ -74,13 +87,18 @@ class MomentumTeacher(nn.Module):
     """
 
     def __init__(
-        self, trips: TripsModel, image_projection: nn.Linear, text_projection: nn.Linear, mlm_head: MlmHead
+        self,
+        trips: TripsModel,
+        image_projection: nn.Linear,
+        text_projection: nn.Linear,
+        mlm_head: MlmHead | None = None,
     ) -> None:
         super().__init__()
         self.trips = copy.deepcopy(trips)
         self.image_projection = copy.deepcopy(image_projection)
         self.text_projection = copy.deepcopy(text_projection)
-        self.mlm_head = copy.deepcopy(mlm_head)
+        if mlm_head is not None:
+            self.mlm_head = copy.deepcopy(mlm_head)
         self.requires_grad_(False)
 
     def copy_from(self, online: nn.Module) -> None:
@@ -95,8 +113,7 @@ class MomentumTeacher(nn.Module):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        mlm_input_ids: Tensor | None,
-        mlm_positions: Tensor | None,
+        masked_text: MaskedText | None,
         plan: VisionPlan,
         generator: torch.Generator | None = None,
     ) -> TeacherOutput:
@@ -104,25 +121,25 @@ class MomentumTeacher(nn.Module):
 
         Args:
             pixel_values: (B, 3, H, W). input_ids, attention_mask: (B, L).
-            mlm_input_ids: (B, L) or None. mlm_positions: (M,) flat places of the masked tokens.
+            masked_text: what to predict the words of, or None.
             plan: of the model's own step.
             generator: noise of the random guide.
         """
         vision, pairs = self.trips.vision, plan.unobserved()
         text, text_mask = input_ids, attention_mask
-        if mlm_input_ids is not None:
-            text, text_mask = torch.cat([input_ids, mlm_input_ids]), attention_mask.repeat(2, 1)
+        if masked_text is not None:
+            text, text_mask = torch.cat([input_ids, masked_text.input_ids]), attention_mask.repeat(2, 1)
         text, *masked = self.trips.encode_text(text, text_mask).split(input_ids.shape[0])
         prefix = self.trips.encode_prefix(pixel_values, pairs)
         image = vision.suffix(
             prefix, None if plan.contrast else text[:, 0], plan.contrast or pairs, generator=generator
         ).last_hidden_state
         output = TeacherOutput(project(self.image_projection, image), project(self.text_projection, text))
-        if mlm_input_ids is not None:
+        if masked_text is not None:
             if plan.contrast is not None or plan.masked:
                 guide = masked[0] if plan.masked else text
                 image = vision.suffix(prefix, guide[:, 0], pairs, generator=generator).last_hidden_state
             fused, _ = self.trips.fusion(masked[0], attention_mask, image)
             embeddings = self.trips.get_input_embeddings().weight
-            output.mlm_logits = self.mlm_head(masked_states(fused, mlm_positions), embeddings)
+            output.mlm_logits = self.mlm_head(masked_states(fused, masked_text.positions), embeddings)
         return output

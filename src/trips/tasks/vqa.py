@@ -24,6 +24,7 @@ from trips.fusion import bidirectional_mask
 from trips.losses import IGNORED, answer_log_likelihood, answer_loss, selection_distillation_loss
 from trips.model import TripsModel, TripsPreTrainedModel
 from trips.selection import Selection
+from trips.tasks.answers import rank_answers
 from trips.vision import VisionPrefix
 
 
@@ -182,7 +183,6 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             targets = targets.masked_fill(answer_mask[:, 1:].flatten() == 0, IGNORED)
         return answer_log_likelihood(logits, targets, rows // length, count)
 
-    @torch.no_grad()
     def rank_answers(
         self,
         question_states: Tensor,
@@ -190,6 +190,8 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         answer_ids: Tensor,
         answer_mask: Tensor,
         top_k: int = 128,
+        *,
+        double_first_token: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Rank a list of answers: best `top_k` by their first token, then by the exact full likelihood (after ALBEF).
 
@@ -197,29 +199,15 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             question_states: (B, L, D) from `forward`. attention_mask: (B, L).
             answer_ids: (C, T) candidates as [CLS] pieces [SEP] padding. answer_mask: (C, T).
             top_k: candidates that get the full likelihood; all if it is at least C.
+            double_first_token: count the first token's log-probability twice, as ALBEF's published figures do.
         Returns:
             (B, k) candidate numbers, best first, and their log-likelihoods.
+        Raises:
+            ConfigError, ShapeError: see `trips.tasks.answers.rank_answers`, which does the work.
         """
-        batch, k = question_states.shape[0], min(top_k, answer_ids.shape[0])
-        first = self.decoder(
-            input_ids=answer_ids[:1, :1].expand(batch, 1),
-            encoder_hidden_states=question_states,
-            encoder_attention_mask=attention_mask,
-            use_cache=False,
-        ).logits[:, 0]
-        first_scores = torch.log_softmax(first.float(), dim=-1)[:, answer_ids[:, 1]]  # (B, C)
-        # A stable sort: answers that share their first token tie, and topk leaves the order of ties open.
-        candidates = first_scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        rows = torch.arange(batch, device=candidates.device).repeat_interleave(k)
-        chosen = candidates.flatten()
-        mask = answer_mask[chosen]
-        longest = int(mask.sum(dim=1).max())  # one rare answer of twenty tokens would be paid for by all the others
-        ids, mask = answer_ids[chosen, :longest], mask[:, :longest]
-        likelihood = self._log_likelihood(
-            question_states[rows], attention_mask[rows], ids, mask, predicted_tokens(mask)
-        ).view(batch, k)
-        order = likelihood.sort(dim=1, descending=True, stable=True)
-        return candidates.gather(1, order.indices), order.values
+        return rank_answers(
+            self.decoder, question_states, attention_mask, answer_ids, answer_mask, top_k, double_first_token
+        )
 
     @torch.no_grad()
     def generate(

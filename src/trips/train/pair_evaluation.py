@@ -1,6 +1,6 @@
 """How good a pre-trained model is, without any fine-tuning: zero-shot retrieval and the losses on held-out pairs.
 
-Retrieval is the first stage of section 5.1.2: contrastive features of every image and every text, text-free on the
+Retrieval is the first stage of section 5.1.3: contrastive features of every image and every text, text-free on the
 image's side, so that nothing is computed per pair. What the text guide is worth shows in the losses of matching and
 masked words, whose image states it selects.
 

@@ -1,26 +1,28 @@
 """A pre-training run's parts: data and model from a recipe, and its measurement by zero-shot retrieval (section 4.1).
 
-What is measured is measured before the first step too, since the towers of a new model have never seen each other.
+What is measured is measured before the first step too, since the towers of a new model have never seen each other. The
+data of every task over pairs is made here: `build_pairs` and `load_pairs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trips.bench.flops import count_pretraining_flops
+from trips.data.listed_shards import open_shards, reading, report_problems
 from trips.data.pair_batches import PairCollator
 from trips.data.pair_records import PairRecord, parse_pair
 from trips.data.pairs import Corpus, PairDataset
 from trips.data.records import BadSamples
-from trips.data.remote import ShardCache, expand_patterns, is_remote, locate_samples
-from trips.data.shards import Shard
-from trips.data.transforms import TrainTransform
+from trips.data.remote import ShardCache, is_remote
 from trips.errors import ConfigError
 from trips.processor import TripsProcessor
 from trips.tasks.pretraining import TripsForPreTraining
+from trips.tasks.retrieval import TripsForImageTextRetrieval
+from trips.train.augmentation import train_transform
 from trips.train.pair_data import PairTrainingData
 from trips.train.pair_evaluation import evaluate_losses, evaluate_retrieval
 from trips.train.recipe import DataSection, Recipe
@@ -28,25 +30,37 @@ from trips.train.settings import StepInfo
 from trips.train.task import TaskParts, load_trained
 from trips.train.towers import build_model, build_processor
 
-_RANDAUGMENT = (2, 7)  # operations per image and their strength: ALBEF's
+Measure = Callable[
+    [Recipe, TripsForImageTextRetrieval, TripsProcessor, Sequence[PairRecord], BadSamples], dict[str, Any]
+]
+"""Figures of a model on test records."""
 
 
 def build(recipe: Recipe) -> TaskParts:
-    """Parts of a new run.
+    """Parts of a new run; errors as `build_pairs`."""
+    return build_pairs(recipe, TripsForPreTraining, _measure)
+
+
+def load(recipe: Recipe, run_dir: Path) -> TaskParts:
+    """Parts of a finished run, to be measured again; errors as `load_pairs`."""
+    return load_pairs(recipe, run_dir, TripsForPreTraining, _measure)
+
+
+def build_pairs(recipe: Recipe, model_class: type[TripsForImageTextRetrieval], measure: Measure) -> TaskParts:
+    """Parts of a new run over image-text pairs; its batches have masked words where the model class wants them.
 
     Raises:
         TripsError: see `PairDataset`, `build_processor` and `build_model`; `ConfigError` without training data.
     """
-    data = recipe.data
+    data, mlm = recipe.data, issubclass(model_class, TripsForPreTraining)
     if not data.train:
-        raise ConfigError("no files given", item="data.train", expected="paths, patterns or URLs of WebDataset tars")
+        raise ConfigError("no files given", item="data.train", expected="tars, or lists of images with captions")
     bad_samples, cache = BadSamples(data.max_bad_share), shard_cache(data)
-    records = read_pairs(data.train, cache, bad_samples, data.clean_captions)
-    texts = (text for record in records for text in record.texts)
+    texts = (text for record in _read(data, data.train, cache, bad_samples) for text in record.texts)
     processor = build_processor(recipe.model, data, texts)
     weights = data.weights or (1.0,) * len(data.train)
     dataset = PairDataset(
-        [Corpus(pattern, pattern, weight) for pattern, weight in zip(data.train, weights, strict=True)],
+        _corpora(data, data.train, weights),
         processor,
         train_transform(data, processor),
         bad_samples,
@@ -57,7 +71,7 @@ def build(recipe: Recipe) -> TaskParts:
     )
     batches = PairTrainingData(
         dataset,
-        PairCollator(processor),
+        PairCollator(processor, mlm=mlm),
         recipe.optim.batch_size // recipe.optim.accumulate,
         num_workers=data.num_workers,
     )
@@ -65,13 +79,13 @@ def build(recipe: Recipe) -> TaskParts:
     if recipe.schedule.alpha_ramp_epochs:
         steps = round(recipe.schedule.alpha_ramp_epochs * (len(dataset) // recipe.optim.batch_size))
         section = dataclasses.replace(section, pretraining=section.pretraining.replace(alpha_ramp_steps=steps))
-    model = build_model(section, processor, TripsForPreTraining)
-    test = list(read_pairs(data.test, cache, bad_samples, data.clean_captions))
+    model = build_model(section, processor, model_class)
+    test = list(_read(data, data.test, cache, bad_samples))
     return TaskParts(
         model,
         processor,
         bad_samples,
-        measure=lambda: _measure(recipe, model, processor, test, bad_samples),
+        measure=lambda: measure(recipe, model, processor, test, bad_samples),
         num_samples=len(dataset),
         data=batches,
         facts={"num_samples": dataset.num_samples},
@@ -80,20 +94,22 @@ def build(recipe: Recipe) -> TaskParts:
     )
 
 
-def load(recipe: Recipe, run_dir: Path) -> TaskParts:
-    """Parts of a finished run, to be measured again.
+def load_pairs(
+    recipe: Recipe, run_dir: Path, model_class: type[TripsForImageTextRetrieval], measure: Measure
+) -> TaskParts:
+    """Parts of a finished run over image-text pairs.
 
     Raises:
         CheckpointError: see `load_trained`. DataError: see `read_pairs`.
     """
-    model, processor = load_trained(TripsForPreTraining, run_dir)
-    data, bad_samples = recipe.data, BadSamples(recipe.data.max_bad_share)
-    test = list(read_pairs(data.test, shard_cache(data), bad_samples, data.clean_captions))
+    model, processor = load_trained(model_class, run_dir)
+    bad_samples = BadSamples(recipe.data.max_bad_share)
+    test = list(_read(recipe.data, recipe.data.test, shard_cache(recipe.data), bad_samples))
     return TaskParts(
         model,
         processor,
         bad_samples,
-        measure=lambda: _measure(recipe, model, processor, test, bad_samples),
+        measure=lambda: measure(recipe, model, processor, test, bad_samples),
     )
 
 
@@ -102,40 +118,53 @@ def shard_cache(data: DataSection) -> ShardCache:
     return ShardCache(data.cache_dir, max_bytes=int(data.cache_gb * 1e9))
 
 
-def train_transform(data: DataSection, processor: TripsProcessor) -> TrainTransform | None:
-    """Augmentation of a recipe; None resizes by the processor."""
-    if data.augment == "none" and data.flip == "none":
-        return None
-    return TrainTransform(
-        processor.image_size,
-        scale=(1.0, 1.0) if data.augment == "none" else data.crop_scale,
-        randaugment=_RANDAUGMENT if data.augment == "randaugment" else None,
-        flip=data.flip,
-    )
-
-
 def read_pairs(
-    patterns: Sequence[str], cache: ShardCache, bad_samples: BadSamples, clean: bool = False
+    patterns: Sequence[str],
+    cache: ShardCache,
+    bad_samples: BadSamples,
+    clean: bool = False,
+    images: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[PairRecord]:
-    """All pairs of shards in their order, the bad ones counted and left out; `clean` as in `parse_pair`.
+    """All pairs of tars, lists and datasets in their order, the bad ones counted and left out.
 
+    Images of local files stay there until they are wanted.
+
+    Args:
+        patterns, cache, images, columns: see `open_shards`.
+        bad_samples: where to count them.
+        clean: as in `parse_pair`.
     Raises:
         DataError: a pattern that matches nothing, a shard that cannot be read, too many bad samples.
     """
     for pattern in patterns:
-        for location in expand_patterns(pattern, pattern):
-            shard = Shard(location, locate_samples(location, cache))
-            with cache.open(location, shard.index.size if is_remote(location) else None) as stream:
+        shards = open_shards(pattern, pattern, cache, images=images, columns=columns)
+        report_problems(shards, bad_samples)
+        for shard in shards:
+            with reading(shard, cache) as stream:
                 for sample in range(len(shard)):
                     source = shard.source(sample)
                     with bad_samples.guard(source):
-                        record = parse_pair(shard.read(sample, stream), source, clean)
+                        members = shard.read(sample, stream, whole=is_remote(shard.location))
+                        record = parse_pair(members, source, clean)
                         yield record
+
+
+def _read(
+    data: DataSection, entries: Sequence[str], cache: ShardCache, bad_samples: BadSamples
+) -> Iterator[PairRecord]:
+    return read_pairs(entries, cache, bad_samples, data.clean_captions, data.images, data.columns)
+
+
+def _corpora(data: DataSection, entries: Sequence[str], weights: Sequence[float]) -> list[Corpus]:
+    return [
+        Corpus(entry, entry, weight, data.images, data.columns) for entry, weight in zip(entries, weights, strict=True)
+    ]
 
 
 def _measure(
     recipe: Recipe,
-    model: TripsForPreTraining,
+    model: TripsForImageTextRetrieval,
     processor: TripsProcessor,
     test: Sequence[PairRecord],
     bad_samples: BadSamples,
@@ -143,9 +172,8 @@ def _measure(
     model.config.selection = recipe.model.selection
     if not test:
         return {}
-    corpora = [Corpus(pattern, pattern) for pattern in recipe.data.test]
     pairs = PairDataset(
-        corpora,
+        _corpora(recipe.data, recipe.data.test, (1.0,) * len(recipe.data.test)),
         processor,
         bad_samples=bad_samples,
         seed=recipe.run.seed,
@@ -158,7 +186,9 @@ def _measure(
     }
 
 
-def _training_flops(model: TripsForPreTraining, processor: TripsProcessor, batch_size: int, info: StepInfo) -> float:
+def _training_flops(
+    model: TripsForImageTextRetrieval, processor: TripsProcessor, batch_size: int, info: StepInfo
+) -> float:
     """Operations of training on one pair in a step, forward and backward, the teacher's included."""
     side, patch = processor.image_size, model.config.vision_config.patch_size
     count = count_pretraining_flops(
@@ -168,5 +198,6 @@ def _training_flops(model: TripsForPreTraining, processor: TripsProcessor, batch
         info.selection,
         batch_size=batch_size,
         distill=info.distill,
+        mlm=isinstance(model, TripsForPreTraining),
     )
     return count.training * 1e9

@@ -61,7 +61,8 @@ class DataSection:
         columns: other names of fields in tables and datasets, such as {question: q, image: img}.
         weights: how often an epoch over pairs takes each entry of train: 1 every sample once, 0.5 every second one, 2
             each twice, with another of its captions; null takes all once.
-        loss_weights: weight of the questions of each entry of train in the loss; null is 1 for all.
+        loss_weights: weight of the questions of each entry of train in the loss; null leaves the files' own, which is 1
+            but for 0.5 where ALBEF's lists mark a question as Visual Genome's.
         test: what to measure on after training, named as in train.
         image_size: side of the square that images are resized to, in pixels.
         max_text_length: longest text in tokens; the rest is cut off.
@@ -72,6 +73,8 @@ class DataSection:
         crop_scale: smallest and largest share of the area that a random crop takes.
         clean_captions: lower case, no punctuation and 30 words at most in captions, as ALBEF has them.
         flip: "swap" mirrors every second image and swaps left and right in its text; "none" mirrors nothing.
+        shuffle_images: put the images of a statement into another order each epoch; where sentences do not tell them
+            apart by their places, such as the boxes of NLVR v1.
         shuffle_shards: shards of pairs whose samples are shuffled among each other.
         cache_dir: folder for shards fetched from URLs; null uses one in the system's folder for temporary files.
         cache_gb: largest size of that folder in GB.
@@ -96,6 +99,7 @@ class DataSection:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     clean_captions: bool = False
     flip: Literal["none", "swap"] = "none"
+    shuffle_images: bool = False
     shuffle_shards: int = 16
     cache_dir: str | None = None
     cache_gb: float = 50.0
@@ -186,6 +190,9 @@ class RunSection:
         rerank_guide: who selects patches in that second stage. "text": the text of each pair, so that the layers behind
             the first selection run per pair (the paper); "image": the image [CLS], once per image; "both" measures the
             two.
+        cache_prefix_gb: most memory for what a frozen vision tower (optim.vision_lr 0, nothing augmented) has made of
+            the images up to the first selection, or to its end where nothing is removed: each is then computed once; 0
+            is off.
         memory_gb: most memory of the second stage for states that are kept between batches.
     """
 
@@ -206,6 +213,7 @@ class RunSection:
     top_k: int = 128
     shortlist: int = 128
     rerank_guide: Literal["text", "image", "both"] = "text"
+    cache_prefix_gb: float = 0.0
     memory_gb: float = 4.0
 
 

@@ -10,6 +10,7 @@ TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
     "data.flip": ("pretrain", "retrieval"),
     "data.loss_weights": ("vqa",),
     "data.max_questions_per_image": ("vqa",),
+    "data.shuffle_images": ("nlvr2",),
     "data.min_answer_count": ("vqa",),
     "model.reasoning": ("nlvr2",),
     "optim.head_lr": ("pretrain", "retrieval", "nlvr2"),
@@ -59,4 +60,5 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.top_k": (1, INF),
     "run.shortlist": (1, INF),
     "run.memory_gb": (0, INF),
+    "run.cache_prefix_gb": (0, INF),
 }

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from trips.data.records import BadSamples
 from trips.distributed import alone
 from trips.environment import describe_environment
 from trips.errors import CheckpointError, ConfigError, MissingDependencyError
+from trips.prefix_cache import PrefixCache
 from trips.train.checkpoint import list_checkpoints
 from trips.train.lock import RunLock
 from trips.train.loop import train
@@ -23,6 +26,7 @@ from trips.train.schedule import SelectionSchedule
 from trips.train.settings import TrainSettings
 from trips.train.task import MODEL_FOLDER, TaskParts, task_module
 from trips.train.transfer import start_from
+from trips.vision import VisionEncoder
 
 logger = logging.getLogger("trips")
 
@@ -31,7 +35,8 @@ _FREE_KEYS = frozenset(
     ("purpose", "data.test", "data.cache_images", "data.num_workers", "data.max_bad_share", "optim.max_nonfinite",
      "data.cache_dir", "data.cache_gb", "run.out", "run.resume", "run.parallel", "run.trackers",
      "run.gradient_checkpointing", "run.log_every", "run.save_every", "run.keep_last", "run.eval_batch_size",
-     "run.top_k", "run.answer", "run.metric", "run.shortlist", "run.rerank_guide", "run.memory_gb")
+     "run.top_k", "run.answer", "run.metric", "run.shortlist", "run.rerank_guide", "run.memory_gb",
+     "run.cache_prefix_gb")
 )  # fmt: skip
 
 RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
@@ -41,29 +46,35 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train and measure as a recipe says; everything goes into ``recipe.run.out``.
 
     Written there: recipe.yaml (every key, enough to repeat the run), checkpoints/, metrics.jsonl, tensorboard/,
-    model/ (weights and processor, for ``from_pretrained``), what the task adds (answers.json), results.json.
+    model/ (weights and processor, for ``from_pretrained``), what the task adds (answers.json, the list that is ranked,
+    and answers_test.json, what the model said, as an evaluation server takes it), results.json.
 
     Returns:
-        What results.json holds: ``environment``, ``recipe``, the task's figures (for VQA ``accuracy``,
-        ``accuracy_blank_images`` and ``majority``, shares of the test questions, ``num_questions``, ``num_answers``),
-        ``steps``, ``seconds``, ``samples_per_second`` (texts; the training steps of this call), ``skipped_steps``,
-        ``bad_samples``. Empty on all processes but the first, and after an interruption.
+        What results.json holds: ``environment``, ``recipe``, the task's figures (for VQA see `VqaMeasurement`, and
+        ``majority``, the accuracy of the commonest answer, and ``num_answers``), ``steps``, ``seconds``,
+        ``samples_per_second`` (texts; the training steps of this call), ``skipped_steps``, ``bad_samples``. Empty on
+        all processes but the first, and after an interruption.
     Raises:
         TripsError: see `check_same_run`, the task's ``build`` and `train`; the message names file, key or sample.
     """
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise MissingDependencyError(
-            "is not installed", item="accelerate", hint='pip install "trips-vlm[train]"'
-        ) from error
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = _accelerator()
     lock = RunLock(Path(recipe.run.out))
     on_main(accelerator, lock.acquire)  # before anything there is read or written
     try:
         return _run(recipe, accelerator)
     finally:
         lock.release()
+
+
+def _accelerator() -> Any:
+    """Accelerate's view of the processes, which joins them if there are several."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingDependencyError(
+            "is not installed", item="accelerate", hint='pip install "trips-vlm[train]"'
+        ) from error
+    return Accelerator(mixed_precision="no")
 
 
 def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
@@ -78,6 +89,8 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
     if recipe.optim.vision_lr == 0:
         # No gradient is even computed for a tower that does not learn; the guide's still passes through it.
         parts.model.trips.vision.requires_grad_(False)
+    if recipe.run.cache_prefix_gb:
+        keep_prefixes(recipe, parts.model.trips.vision)
     settings = train_settings(recipe, parts.num_samples)
     untrained = _measure_alone(parts) if main and parts.measure_untrained else {}
     accelerator.wait_for_everyone()  # all have compared the recipe there before it is written anew
@@ -122,31 +135,52 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
         }
         if report.contrastive_batch is not None:
             results["contrastive_batch"] = report.contrastive_batch
+        parts.write_measured(out)
         _write_json(out / RESULTS_FILE, results)
         logger.info("%s", parts.bad_samples.summary())
     accelerator.wait_for_everyone()
     return results
 
 
-def evaluate_run(run_dir: str | os.PathLike[str], overrides: Overrides = ()) -> dict[str, Any]:
+def evaluate_run(
+    run_dir: str | os.PathLike[str], overrides: Overrides = (), out: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Measure the model of a finished run again, on other data or with another selection if asked.
+
+    Started as several processes (accelerate launch, torchrun), retrieval is shared out among them; the other tasks are
+    measured by each.
 
     Args:
         run_dir: output folder of `run_recipe`.
         overrides: as in `load_recipe`; ``data.test``, ``model.selection.*`` and ``run.*`` have an effect.
+        out: folder for the task's files (for VQA answers_test.json); None writes nothing.
     Returns:
-        The task's figures, ``selection``, ``bad_samples``.
+        The task's figures, ``selection``, ``bad_samples``; empty on all processes but the first.
     Raises:
-        CheckpointError: the folder is not that of a finished run. ConfigError, DataError: see `load_recipe`.
+        CheckpointError: the folder is not that of a finished run. ConfigError, DataError: see `load_recipe`; `out`
+            cannot be a folder.
     """
     run_dir = Path(run_dir)
     for file in (RECIPE_FILE, RESULTS_FILE):  # without results the model there may be that of an earlier recipe
         if not (run_dir / file).exists():
             raise CheckpointError("is not the folder of a finished run", item=run_dir, expected=f"{file} in it")
     recipe = load_recipe(run_dir / RECIPE_FILE, overrides)
+    if out is not None:
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)  # now, and not after an hour of measuring
+        except OSError as error:
+            raise ConfigError(f"no folder can be made there ({error.strerror or error})", item=out) from error
+    first = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # what the launchers of several processes tell each of them
+        first = _accelerator().is_main_process
     parts = task_module(recipe.task).load(recipe, run_dir)
+    figures = parts.measure()
+    if not first:
+        return {}
+    if out is not None:
+        parts.write_measured(Path(out))
     return {
-        **parts.measure(),
+        **figures,
         "selection": recipe_to_dict(recipe)["model"]["selection"],
         "bad_samples": _named(parts.bad_samples),
     }
@@ -169,6 +203,28 @@ def check_same_run(recipe: Recipe) -> None:
             found=", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in changed[:3]),
             hint="choose another run.out, or begin anew there with run.resume=never",
         )
+
+
+def keep_prefixes(recipe: Recipe, vision: VisionEncoder) -> None:
+    """Let a frozen tower remember its prefixes.
+
+    Raises:
+        ConfigError: the tower learns, images are augmented, or the tower has dropout: then no prefix comes twice.
+    """
+    changing = {
+        "optim.vision_lr": recipe.optim.vision_lr != 0,
+        "data.augment": recipe.data.augment != "none",
+        "data.flip": recipe.data.flip != "none",
+        "model.vision": any(isinstance(module, nn.Dropout) and module.p > 0 for module in vision.modules()),
+    }
+    if wrong := [key for key, changes in changing.items() if changes]:
+        raise ConfigError(
+            "keeps what comes again in every epoch",
+            item="run.cache_prefix_gb",
+            found=wrong[0],
+            expected="a frozen tower without dropout, and images that are not augmented",
+        )
+    vision.prefix_cache = PrefixCache(int(recipe.run.cache_prefix_gb * 1e9))
 
 
 def train_settings(recipe: Recipe, num_images: int) -> TrainSettings:

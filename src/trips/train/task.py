@@ -40,6 +40,7 @@ class TaskParts:
         processor: saved beside the model.
         bad_samples: the count that all readers of the run share.
         measure: figures of the model as it is now on the recipe's test data.
+        write_measured: writes what the last measurement found, beside its figures, into a folder.
         num_samples: images of one epoch, 0 for a loaded model.
         data: training batches, None for a loaded model.
         write_files: writes what the task needs beside the model into the run's folder.
@@ -53,6 +54,7 @@ class TaskParts:
     processor: TripsProcessor
     bad_samples: BadSamples
     measure: Callable[[], dict[str, Any]]
+    write_measured: Callable[[Path], None] = lambda folder: None
     num_samples: int = 0
     data: TrainingData | None = None
     write_files: Callable[[Path], None] = lambda folder: None

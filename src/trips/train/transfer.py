@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from trips.config import TripsConfig
 from trips.errors import CheckpointError, TripsError
 from trips.model import TripsPreTrainedModel
+from trips.tasks.nlvr2 import TripsForVisualReasoning
 from trips.tasks.pretraining import TripsForPreTraining
+from trips.tasks.retrieval import TripsForImageTextRetrieval
 
 logger = logging.getLogger("trips")
 
@@ -17,36 +21,36 @@ logger = logging.getLogger("trips")
 def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
     """Give a new model the weights of a pre-trained one, in place.
 
-    Text encoder, vision tower and fusion encoder are taken as they are. A pre-training model also takes projections
-    and heads; an answer decoder starts from the fusion encoder, the word embeddings and the head for masked tokens, as
-    far as it has no more layers than the fusion encoder.
+    Text encoder, vision tower and fusion encoder are taken as they are. A pre-training or retrieval model also takes
+    projections, temperature and heads; an answer decoder starts from the fusion encoder, the word embeddings and the
+    head for masked tokens (which a retrieval model does not have: its part of the decoder then stays as it was built),
+    as far as it has no more layers than the fusion encoder. Where a text has several images, each image's path through
+    the fusion encoder starts as a copy of it and the classifier at random; such a model may also start from one of its
+    own class, and then takes the classifier too, without the last layer if that learnt another objective.
 
     Args:
         model: of any task, of the same towers.
-        folder: where `TripsForPreTraining.save_pretrained` wrote.
+        folder: of `TripsForPreTraining`, or, but for a pre-training model, of `TripsForImageTextRetrieval`; that of
+            `TripsForVisualReasoning` for its like.
     Raises:
         CheckpointError: no such model, or another architecture; names the first parameters that do not fit.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError("is not a saved model", item=folder, expected="config.json and model.safetensors in it")
-    try:
-        source, info = TripsForPreTraining.from_pretrained(folder, output_loading_info=True)
-    except TripsError:
-        raise
-    except Exception as error:  # transformers and safetensors raise many types for damaged files
-        raise CheckpointError(f"model cannot be read ({str(error).splitlines()[0]})", item=folder) from error
-    if missing := sorted(info["missing_keys"]):  # they would be random here, without a word
-        raise CheckpointError(
-            "is not a pre-trained model",
-            item=folder,
-            found=f"{missing[0]} and {len(missing) - 1} more parameters missing",
-            expected="the model folder of a run whose task is pretrain",
-        )
-    if isinstance(model, TripsForPreTraining):
-        for name in ("trips", "image_projection", "text_projection", "itm_head", "mlm_head"):
+    if isinstance(model, TripsForImageTextRetrieval):
+        source = _read(folder, type(model))  # a retrieval model leaves the head for masked tokens where it is
+        for name in ("trips", *(head for head in model.heads if head != "temperature")):
             _copy(getattr(source, name), getattr(model, name), folder)
         model.temperature.data.copy_(source.temperature.data)
         model.reset_momentum()
+        logger.info("started from %s", folder)
+        return
+    reasons = isinstance(model, TripsForVisualReasoning)
+    kinds = (TripsForPreTraining, TripsForImageTextRetrieval)
+    source = _read(folder, *kinds, *([TripsForVisualReasoning] if reasons else []))
+    if reasons:
+        _start_reasoning(source, model, folder)
+        logger.info("started from %s", folder)
         return
     _copy(source.trips, model.trips, folder)
     if (decoder := getattr(model, "decoder", None)) is not None:
@@ -61,13 +65,51 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
         for theirs, ours in zip(list(source.trips.fusion.layer)[-len(layers) :], layers, strict=True):
             _copy(theirs, ours, folder)
         _copy(source.trips.text.embeddings, decoder.bert.embeddings, folder)
-        _copy(source.mlm_head.transform, decoder.cls.predictions.transform, folder)
-        decoder.cls.predictions.bias.data.copy_(source.mlm_head.bias.data)
+        if isinstance(source, TripsForPreTraining):
+            _copy(source.mlm_head.transform, decoder.cls.predictions.transform, folder)
+            decoder.cls.predictions.bias.data.copy_(source.mlm_head.bias.data)
+        else:
+            logger.info("%s has no head for masked tokens: that of the decoder stays as it was built", folder)
     logger.info("started from %s", folder)
 
 
-def _copy(source: nn.Module, target: nn.Module, folder: Path) -> None:
-    theirs, ours = source.state_dict(), target.state_dict()
+def _read(folder: Path, *kinds: type[TripsPreTrainedModel]) -> TripsPreTrainedModel:
+    """The saved model, of the class that wrote it if that is among `kinds`, else of the first of them."""
+    try:
+        written = TripsConfig.from_pretrained(folder).architectures or ()
+        kind = next((kind for kind in kinds if kind.__name__ in written), kinds[0])
+        source, info = kind.from_pretrained(folder, output_loading_info=True)
+    except TripsError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many types for damaged files
+        raise CheckpointError(f"model cannot be read ({str(error).splitlines()[0]})", item=folder) from error
+    if missing := sorted(info["missing_keys"]):  # they would be random here, without a word
+        tasks = "pretrain" if kinds == (TripsForPreTraining,) else "pretrain or retrieval"
+        raise CheckpointError(
+            "is not a pre-trained model",
+            item=folder,
+            found=f"{missing[0]} and {len(missing) - 1} more parameters missing",
+            expected=f"the model folder of a run whose task is {tasks}",
+        )
+    return source
+
+
+def _start_reasoning(source: TripsPreTrainedModel, model: TripsForVisualReasoning, folder: Path) -> None:
+    if not isinstance(source, TripsForVisualReasoning):
+        for part in ("text", "vision"):
+            _copy(getattr(source.trips, part), getattr(model.trips, part), folder)
+        fusion = model.trips.fusion
+        _copy(fusion.state_from_single(source.trips.fusion.state_dict()), fusion, folder)
+        return
+    _copy(source.trips, model.trips, folder)
+    same = source.config.reasoning.objective == model.config.reasoning.objective
+    end = None if same else -1
+    _copy(source.reasoning_head[:end], model.reasoning_head[:end], folder)
+
+
+def _copy(source: nn.Module | Mapping[str, Tensor], target: nn.Module, folder: Path) -> None:
+    theirs = source.state_dict() if isinstance(source, nn.Module) else source
+    ours = target.state_dict()
     wrong = [f"{name} missing" for name in ours if name not in theirs]
     wrong += [f"{name} unexpected" for name in theirs if name not in ours]
     wrong += [
@@ -80,6 +122,6 @@ def _copy(source: nn.Module, target: nn.Module, folder: Path) -> None:
             "is of another architecture",
             item=folder,
             found="; ".join(wrong[:3]),
-            hint="the recipe's towers and numbers of layers must be those of the pre-training run",
+            hint="the recipe's towers and numbers of layers (and of images) must be those of the earlier run",
         )
     target.load_state_dict(theirs)
