@@ -30,6 +30,7 @@ from trips.train.run import evaluate_run, run_recipe, train_settings
 from trips.train.towers import resolve_tower
 from trips.train.vqa import build_data
 from trips.train.vqa_evaluation import evaluate_vqa, majority_accuracy
+from trips.vision import VisionEncoder
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "navy, blue": (0, 0, 200)}
@@ -258,3 +259,39 @@ def test_explaining_a_run_draws_what_its_model_keeps_and_says(finished, tars, tm
             assert set(np.flatnonzero(mask)) == set(selection.kept[0].tolist()) - {-1}
     with pytest.raises(ConfigError, match="nothing to draw"):
         explain.explain_run(out, tmp_path / "kept.png", ["model.selection.guide=none"])
+
+
+def test_kept_prefixes_change_nothing_and_spare_the_tower(
+    tmp_path: Path, recipe_for: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    plain = VisionEncoder._prefix_states
+
+    def counted(self: VisionEncoder, pixel_values: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(pixel_values))
+        return plain(self, pixel_values, *rest)
+
+    monkeypatch.setattr(VisionEncoder, "_prefix_states", counted)
+    found = {}
+    for gigabytes in (0, 1):
+        rows.clear()
+        out = tmp_path / str(gigabytes)
+        results = run_recipe(recipe_for(out, **{"optim.vision_lr": 0, "run.cache_prefix_gb": gigabytes}))
+        found[gigabytes] = results, TripsForQuestionAnswering.from_pretrained(out / "model").state_dict(), sum(rows)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert found[0][0]["accuracy"] == found[1][0]["accuracy"]
+    # Nine sound training images of three colours and a blank one, before the first selection and to the end.
+    assert found[1][2] <= 2 * (len(COLOURS) + 1) < found[0][2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({}, "optim.vision_lr"), ({"optim.vision_lr": 0, "data.augment": "crop", "data.cache_images": False}, "augment")],
+)
+def test_prefixes_are_kept_only_where_they_come_again(
+    tmp_path: Path, recipe_for: Callable[..., Recipe], changes: dict, key: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"run.cache_prefix_gb.*{key}"):
+        run_recipe(recipe_for(tmp_path / "x", **{"run.cache_prefix_gb": 1, **changes}))
