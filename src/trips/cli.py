@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -180,7 +181,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         options["overrides"] = overrides
     with _logging(debug):
         result = function(**options)
-    _show(chosen.verb, result, as_json)
+    if os.environ.get("RANK", "0") == "0":  # of several processes under a launcher the first alone speaks
+        _show(chosen.verb, result, as_json)
     return 0 if getattr(result, "ok", True) else 1
 
 

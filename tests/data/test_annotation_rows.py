@@ -27,6 +27,7 @@ def test_describe_names_known_kinds() -> None:
     assert describe([{"id": 1, "qas": []}]) == "Visual Genome questions"
     assert describe([3, {"question": "a", "image": "b"}]) == "questions"
     assert describe([{"sentence": "a", "label": "true", "images": ["a", "b"]}]) == "statements about images"
+    assert describe([{"sentence": "a", "image1": "a.png", "image2": "b.png"}]) == "statements about images"
     assert describe([{"sentence": "a", "identifier": "1-0", "evals": {}, "directory": "2"}]) == "NLVR statements"
     assert describe([{"sentence": "a", "identifier": "test1-0-1-0"}]) == "NLVR2 statements"
     assert describe([{"image": "a", "text": "b"}]) == "captions"

@@ -359,15 +359,29 @@ def test_files_of_other_tasks_are_told(tmp_path: Path, name: str) -> None:
         assert str(tmp_path / name) in str(caught.value)
 
 
+def test_lists_are_read_by_what_they_hold(tmp_path: Path, photos: Path) -> None:
+    """Lines of JSON called .json, and the semicolons of some spreadsheets, are what they are under any name."""
+    rows = [{"image": "a.jpg", "caption": "a dog"}, {"image": "c.jpg", "caption": "a cat; or two"}]
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "semicolon.csv").write_bytes('\ufeffimage;caption\r\na.jpg;a dog\r\nc.jpg;"a cat; or two"\r\n'.encode())
+    for name in ("lines.json", "semicolon.csv"):
+        records = list(read_pairs([str(tmp_path / name)], ShardCache(), BadSamples(0), False, [str(photos)]))
+        assert [record.texts for record in records] == [("a dog",), ("a cat; or two",)]
+
+
 @pytest.mark.parametrize(
     ("entry", "kind", "message"),
     [
         ("questions.csv", DataError, r"questions\.csv: looks like questions"),
-        ("cut.json", DataError, r"cut\.json: cannot be read"),
+        ("cut.json", DataError, r"cut\.json: cannot be read.*is the file whole"),
         ("none.json", DataError, r"none\.json: does not exist"),
-        ("karpathy.json", DataError, "holds several splits.*restval.*train"),
-        ("karpathy.json#val", ConfigError, "split 'val': is not in the list"),
+        ("karpathy.json", DataError, r"holds several splits.*restval.*train.*choose: .*karpathy\.json#restval"),
+        ("karpathy.json#val", ConfigError, r"karpathy\.json#val: is not in the list"),
         ("karpathy.json#", ConfigError, "does not say which splits"),
+        ("dev.json", DataError, r"dev\.json: looks like NLVR2 statements.*task: nlvr2"),
+        ("daquar.txt", DataError, r"daquar\.txt: looks like DAQUAR questions.*task: vqa"),
+        ("bare", DataError, r"bare: holds no image with a caption.*captions\.csv"),
+        ("blank.json", DataError, r"blank\.json: is empty"),
         ("tars", DataError, r"tars: holds tars and no list of images.*tars/\*\.tar"),
         ("http://127.0.0.1:9/list.json", ConfigError, "local files"),
         ("list.parquet", DataError, "no file matches"),
@@ -376,6 +390,10 @@ def test_files_of_other_tasks_are_told(tmp_path: Path, name: str) -> None:
 def test_mistakes_are_named(tmp_path: Path, photos: Path, entry: str, kind: type[Exception], message: str) -> None:
     (tmp_path / "questions.csv").write_text("image,question,answer\na.jpg,what,x\n")
     (tmp_path / "cut.json").write_text('[{"image": "a.jpg", "cap')
+    (tmp_path / "dev.json").write_text('{"identifier": "dev-1-0-0", "sentence": "a dog", "label": "True"}\n' * 2)
+    (tmp_path / "daquar.txt").write_text("what is on the table, in the image1 ?\ncup\n")
+    (tmp_path / "blank.json").write_text("\ufeff \n", encoding="utf-8")
+    (tmp_path / "bare").mkdir()
     write_karpathy(tmp_path / "karpathy.json")
     write_tar(tmp_path / "tars" / "a.tar", {"k": {"jpg": jpeg(), "txt": b"a dog"}})
     place = entry if entry.startswith("http") else str(tmp_path / entry)

@@ -301,10 +301,10 @@ def test_folder_without_list(photos: Path, tmp_path: Path) -> None:
         ("list.json", '{"a": 1}', ["list.json", "no list of images"]),
         ("list.json", "[" * 100_000, ["list.json", "cannot be read"]),
         ("list.csv", "picture,words\na.jpg,x\n", ["list.csv", "header", "picture"]),
-        ("list.csv", "", ["list.csv", "header"]),
-        ("list.csv", 'image,caption\na.jpg,"x\n', ["list.csv", "cannot be read"]),
+        ("list.csv", "", ["list.csv", "is empty"]),
+        ("list.csv", 'image,caption\na.jpg,"x\n', ["list.csv", "cannot be read behind line 1"]),
         ("list.csv", "image,caption\na.jpg,a cup, red\n", ["no image can be used", "line 2", "more cells"]),
-        ("list.csv", b"image,caption\na.jpg,\xff\n", ["list.csv", "utf-8"]),
+        ("list.csv", b"image,caption\na.jpg,\xff\n", ["list.csv", "utf-8", "save it as UTF-8"]),
         ("list.json", "[]", ["no image can be used", "empty list"]),
         ("list.xml", "<a/>", ["list.xml", "unknown kind"]),
     ],
@@ -331,7 +331,7 @@ def test_splits_are_never_mixed_by_accident(photos: Path, tmp_path: Path) -> Non
     (photos / "list.json").write_text(json.dumps({"images": rows}))
     with pytest.raises(DataError, match=r"several splits.*restval \(1\), test \(1\), train \(1\)"):
         pack(photos / "list.json", tmp_path / "out")
-    with pytest.raises(ConfigError, match="split 'val'"):
+    with pytest.raises(ConfigError, match=r"list\.json#val: is not in the list"):
         pack(photos / "list.json", tmp_path / "out", splits=["val"])
     entries, rejected = read_listing(photos / "list.json", splits=["train", "restval"])
     assert [entry.image for entry in entries] == ["a.jpg", "c.png"] and rejected == {}

@@ -214,8 +214,10 @@ def test_bad_samples_counts_each_once_and_names_the_first() -> None:
         pass
     bad.record("a", "again")
     assert (len(bad), bad.num_seen, bad.errors["a"]) == (3, 4, "a: broken")
-    assert bad.summary(num_named=2) == "3 bad of 4 samples: a: a: broken; b: b: broken; and 1 more"
-    with pytest.raises(DataError, match="too many bad samples .limit 3.*a: a: broken; b: b: broken; .*and 1 more"):
+    assert bad.summary(num_named=2) == "3 bad of 4 samples: a: broken; b: broken; and 1 more"
+    with pytest.raises(
+        DataError, match="too many bad samples .limit 3.*a: broken; b: broken; .*and 1 more.*data.max_bad_share"
+    ):
         bad.record("d", "broken")
     assert BadSamples().summary() == "0 bad of 0 samples"
 

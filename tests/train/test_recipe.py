@@ -25,6 +25,7 @@ def test_every_packaged_recipe_parses_and_reads_back(tmp_path: Path) -> None:
     outs = set()
     for name, purpose in names.items():
         recipe = load_recipe(name)
+        assert "/paper" not in name or recipe.optim.clip_norm is None  # neither paper nor ALBEF clips
         assert purpose and purpose == recipe.purpose and "\n" not in purpose
         save_recipe(recipe, tmp_path / "recipe.yaml")
         assert load_recipe(tmp_path / "recipe.yaml") == recipe
@@ -152,8 +153,19 @@ def test_saved_recipes_read_back_equal(tmp_path_factory, lr, steps, rate, out, t
     assert recipe_to_dict(recipe)["optim"]["lr"] == lr
 
 
-@pytest.mark.parametrize("key, value", [("optim.head_lr", 1e-3), ("data.weights", [1.0]), ("data.flip", "swap")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim.head_lr", 1e-3), ("data.weights", [1.0]), ("data.flip", "swap"), ("model.pretraining.alpha", 0.1),
+     ("data.shuffle_shards", 2), ("data.cache_dir", "cache"), ("data.cache_gb", 1.0)],
+)  # fmt: skip
 def test_keys_of_pre_training_are_refused_elsewhere(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{key}.*task vqa has no use"):
+    with pytest.raises(ConfigError, match=f"{key.removesuffix('.alpha')}.*task vqa has no use"):
         load_recipe("debug/vqa_tiny", {key: value, "data.train": ["a.tar"]})
     load_recipe("debug/pretrain_tiny", {key: value, "data.train": ["a.tar"]})
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.cache_images", True), ("model.num_decoder_layers", 2)])
+def test_keys_of_other_tasks_are_refused_in_retrieval(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*task retrieval has no use"):
+        load_recipe("debug/retrieval_tiny", {key: value})
+    load_recipe("debug/vqa_tiny", {key: value})

@@ -181,7 +181,8 @@ def test_a_model_without_numbers_finds_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [({"shortlist": 9}, "shortlist"), ({"shortlist": 0}, "shortlist"), ({"guides": ("both",)}, "guides"),
-     ({"guides": ()}, "guides"), ({"batch_size": 0}, "batch_size"), ({"memory_gb": -1.0}, "memory_gb")],
+     ({"guides": ()}, "guides"), ({"batch_size": 0}, "batch_size"), ({"memory_gb": -1.0}, "memory_gb"),
+     ({"memory_gb": float("inf")}, "memory_gb")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(options, named) -> None:
     with pytest.raises(ConfigError, match=named):

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from pair_shards import write_tar as write_samples
 from PIL import Image
 from safetensors.torch import load_file
 from train.test_run import write_tar
 
 from trips import TripsForImageTextRetrieval, TripsForPreTraining, TripsForQuestionAnswering
+from trips.data.pair_records import PairRecord
 from trips.data.records import BadSamples
 from trips.data.remote import ShardCache
 from trips.errors import CheckpointError, TripsError
 from trips.processor import TripsProcessor
 from trips.train.pair_evaluation import evaluate_retrieval
-from trips.train.pretraining import read_pairs
+from trips.train.pretraining import join_images, read_pairs
 from trips.train.recipe import Recipe
 from trips.train.recipe_io import load_recipe
 from trips.train.run import evaluate_run, run_recipe
@@ -102,6 +104,15 @@ def test_a_run_from_a_csv_measures_both_stages(finished: tuple[Path, dict[str, A
     assert again["reranked"]["text"]["text_recall"] == results["reranked"]["text"]["text_recall"]
 
 
+def test_what_is_bad_in_training_counts_once(tmp_path: Path, recipe_for: Make) -> None:
+    """The words of a tiny text tower are read from the same list before; nothing in it is bad twice for that."""
+    write_photos(tmp_path)
+    (tmp_path / "test.csv").write_text("image,caption\nred-big.png,a box\nblue-big.png,a blue box\n")
+    changes = {"data.test": [str(tmp_path / "test.csv")], "data.weights": [2.0], "optim.epochs": 1, "optim.steps": None}
+    named = run_recipe(recipe_for(tmp_path / "out", **changes))["bad_samples"]["named"]
+    assert len(named) == 2 and sum("none.png" in name for name in named) == 1
+
+
 def test_the_first_stage_is_that_of_pretraining(finished: tuple[Path, dict[str, Any]], recipe_for: Make) -> None:
     out, results = finished
     model = TripsForImageTextRetrieval.from_pretrained(out / "model").eval()
@@ -139,6 +150,8 @@ def test_starts_from_a_pretrained_or_retrieval_model(tmp_path: Path, pretrained:
         assert {key for key in old if key not in new} == {key for key in old if key.startswith("mlm_head.")}
         assert all(torch.equal(old[key], value) for key, value in new.items())
         model = tmp_path / name / "model"
+    with pytest.raises(CheckpointError, match=r"first: is not a saved model.*a run keeps it in .*first/model"):
+        run_recipe(recipe_for(tmp_path / "no", **{"model.start_from": str(tmp_path / "first")}))
     with pytest.raises(CheckpointError, match=r"mlm_head.*missing.*task is pretrain"):
         run_recipe(recipe_for(tmp_path / "no", "debug/pretrain_tiny", **{"model.start_from": str(model)}))
     with pytest.raises(CheckpointError, match=r"another architecture.*fusion"):
@@ -164,6 +177,33 @@ def test_question_answering_starts_from_a_retrieval_model(
     with pytest.raises(CheckpointError, match="is not a pre-trained model.*task is pretrain or retrieval"):
         changes = {**keys, "model.start_from": str(tmp_path / "out" / "model"), "run.out": str(tmp_path / "no")}
         run_recipe(load_recipe("debug/vqa_tiny", changes))
+
+
+def test_samples_of_one_image_are_measured_as_one(
+    tmp_path: Path, finished: tuple[Path, dict[str, Any]], recipe_for: Make
+) -> None:
+    """As img2dataset has them: an image again for each of its captions."""
+    photos, out = sorted(Path(recipe_for(tmp_path / "none").data.test[0]).parent.glob("*.png")), finished[0]
+    texts = [[f"a {photo.stem}", f"{photo.stem} box"] for photo in photos]
+    again, once = {}, {}
+    for i, photo in enumerate(photos):
+        image, name = photo.read_bytes(), {"url": photo.name}
+        once[f"{i}"] = {"png": image, "json": json.dumps({**name, "captions": texts[i]}).encode()}
+        for j in range(2):
+            again[f"{i}-{j}"] = {"png": image, "json": json.dumps({**name, "caption": texts[i][j]}).encode()}
+    figures = []
+    for name, samples in (("once", once), ("again", again)):
+        tar = write_samples(tmp_path / f"{name}.tar", samples)
+        figures.append(evaluate_run(out, [f"--data.test=[{tar}]"]))
+    for found in figures:
+        assert (found["num_images"], found["num_texts"]) == (12, 24)
+        assert found["first_stage"]["text_recall"] == figures[0]["first_stage"]["text_recall"]
+        assert found["first_stage"]["image_recall"] == figures[0]["first_stage"]["image_recall"]
+    same = [
+        PairRecord(b"", (text,), image_id, text)
+        for text, image_id in (("a", "1"), ("b", None), ("c", None), ("d", "1"))
+    ]
+    assert [record.texts for record in join_images(same)] == [("a", "d"), ("b",), ("c",)]
 
 
 def test_pretraining_reads_the_same_lists(pretrained: Path) -> None:

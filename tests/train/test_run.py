@@ -116,6 +116,15 @@ def test_a_run_writes_what_it_promises(
     assert evaluate_run(out, ["--model.selection.keep_rate=0.25"])["selection"]["keep_rate"] == 0.25
 
 
+@pytest.mark.parametrize(
+    "override", ["data.image_size=64", "model.num_text_layers=3", "optim.lr=1.0", "data.train=[a]"]
+)
+def test_a_measurement_refuses_what_it_would_ignore(override: str, finished: tuple[Path, dict]) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key}: has no effect on a trained model.*as it was trained"):
+        evaluate_run(finished[0], [f"--{override}"])
+
+
 def test_accuracy_equals_brute_force(finished: tuple[Path, dict], tars: tuple[Path, Path], recipe_for) -> None:
     out, results = finished
     model = TripsForQuestionAnswering.from_pretrained(out / "model").eval()

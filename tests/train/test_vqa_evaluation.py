@@ -131,6 +131,11 @@ def test_both_ways_of_answering_equal_loops(model: TripsForQuestionAnswering) ->
                 right.append(vqa_accuracy(said, question.given) if metric == "official" else sum(shares) / len(shares))
             assert scores.accuracy == pytest.approx(sum(right) / len(right)) and scores.num_questions == 6
     assert evaluate_vqa(model, dataset, collator, candidates, way="generate", num_beams=2).num_questions == 6
+    for wrong in ({"way": "ranked"}, {"metric": "vqa"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: unknown"):
+            evaluate_vqa(model, dataset, collator, candidates, **wrong)
+    with pytest.raises(DataError, match="question id occurs twice"):  # one answer would be judged for both
+        evaluate_vqa(model, data_of(model, [*records, *make_records()[1:]])[0], collator, candidates)
 
 
 def test_questions_of_an_image_share_it_and_blank_images_hold_nothing(model: TripsForQuestionAnswering) -> None:
@@ -324,6 +329,7 @@ def test_mistakes_are_named_before_training(tmp_path: Path) -> None:
         ({"data.augment": "crop", "data.cache_images": True}, ConfigError, "cache_images"),
         ({"data.test": [single], "run.metric": "official"}, ConfigError, r"run\.metric.*question 200"),
         ({"data.test": []}, ConfigError, r"data\.test: no files given"),
+        ({"data.test": [single, single]}, DataError, "question id occurs twice.*200"),
     ]:
         with pytest.raises(kind, match=message):
             run_recipe(tiny(tmp_path, **changes))

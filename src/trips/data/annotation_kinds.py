@@ -97,7 +97,7 @@ def _of_row(row: dict[Any, Any]) -> str | None:
         return (
             "NLVR statements" if keys & {"evals", "structured_rep", "directory"} - {"left_url"} else "NLVR2 statements"
         )
-    if {"sentence", "label"} <= keys:
+    if "sentence" in keys and keys & {"label", "images", "image1"}:
         return "statements about images"
     if "question" in keys:
         return "questions"

@@ -24,7 +24,7 @@ import numpy as np
 from trips.data.annotation_rows import split_entry
 from trips.data.hf import DatasetRows, is_dataset, picture
 from trips.data.listing_rows import FIELDS, captions_of, check_columns, not_captions, peek, rename
-from trips.data.listings import ListedImage, find_list, image_folders, read_listing
+from trips.data.listings import LISTS, ListedImage, find_list, image_folders, read_listing
 from trips.data.records import BadSamples
 from trips.data.remote import ShardCache, expand_patterns, is_remote, locate_samples
 from trips.data.shards import Members, Shard
@@ -233,7 +233,8 @@ def _open_list(
         if found.is_dir() and any(found.glob("*.tar")):
             raise DataError("holds tars and no list of images", item=path, hint=f"name the tars: {found / '*.tar'}")
         reason = next((f"{item}: {why}" for item, why in rejected.items()), "an empty list")
-        raise not_captions("holds no image with a caption", path, peek(found), found=reason)
+        expected = f"one of {', '.join(LISTS)}, or KEY.txt beside KEY.jpg" if found.is_dir() else None
+        raise not_captions("holds no image with a caption", path, peek(found), found=reason, expected=expected)
     folders = image_folders(found, list(images))
     if not images and os.path.isdir(inner := os.path.join(folders[0], "images")):
         folders.append(inner)

@@ -5,6 +5,7 @@ The reading behind `trips.data.listings`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -39,14 +40,27 @@ def list_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Any
         raise ConfigError("unknown kind of list", item=str(path), expected=f"a folder, or one of {', '.join(readers)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            if not any(map(str.strip, iter(partial(file.read, 4096), ""))):
+                raise DataError("is empty", item=str(path))
+            file.seek(0)
             for place, row in reader(file, path):
                 yield f"{path.name}{place}", row
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"cannot be read: {error}", item=str(path)) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else None
+        hint = "is the file whole?" if isinstance(error, json.JSONDecodeError) else hint
+        raise DataError(f"cannot be read: {error}", item=str(path), hint=hint) from error
 
 
 def _json(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    content = json.load(file)
+    try:
+        content = json.load(file)
+    except json.JSONDecodeError:
+        file.seek(0)
+        if not isinstance(_line(file.readline()), dict):
+            raise
+        file.seek(0)
+        yield from _json_lines(file, path)  # as NLVR's are, whatever they are called
+        return
     images = content.get("images") if isinstance(content, dict) else content
     if not isinstance(images, list):
         expected = '[{"image", "caption"}] or {"images": [...]}'
@@ -63,28 +77,42 @@ def _json(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_lines(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row = DataError(f"broken JSON: {error}")  # the lines around it are sound
-        yield f" line {number}", row
+        if line.strip():
+            yield f" line {number}", _line(line)
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"broken JSON: {error}")  # the lines around it are sound
 
 
 def _table(file: IO[str], path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    delimiter = max("\t,;" if path.suffix.lower() == ".tsv" else ",\t;", key=file.readline().count)
+    file.seek(0)
     # strict: a stray quotation mark would otherwise swallow the rows up to the next one.
-    reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    header = reader.fieldnames or []
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    try:
+        yield from _table_rows(reader, delimiter, path, columns)
+    except csv.Error as error:
+        raise DataError(f"cannot be read behind line {reader.line_num}: {error}", item=str(path)) from error
+
+
+def _table_rows(
+    reader: csv.DictReader, delimiter: str, path: Path, columns: Mapping[str, str]
+) -> Iterator[tuple[str, Any]]:
+    header = list(reader.fieldnames or [])
     known = set(rename(dict.fromkeys(header), columns))
     if not known & set(_IMAGE_KEYS) or not known & set(_CAPTION_KEYS):
+        line = delimiter.join(header)
         raise not_captions(
             "header names no image or no caption",
             str(path),
-            [dict.fromkeys(header)],
-            found=list(header),
+            [dict.fromkeys(header)] if describe(line) is None else line,  # DAQUAR's text has no header
+            found=header,
             expected=f"one of {', '.join(_IMAGE_KEYS)} and one of {', '.join(_CAPTION_KEYS)}",
-            hint="columns says what other names mean",
+            hint="other names: data.columns",
         )
     for row in reader:
         yield f" line {reader.line_num}", row
@@ -171,5 +199,6 @@ def not_captions(problem: str, item: str, content: object, **fields: Any) -> Dat
 def peek(path: Path) -> object:
     """The beginning of a list that was read before, for `not_captions`."""
     if path.suffix.lower() == ".json":
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        with contextlib.suppress(ValueError):  # lines of JSON
+            return json.loads(path.read_text(encoding="utf-8-sig"))
     return [row for _, row in islice(list_rows(path, {}), 10)]

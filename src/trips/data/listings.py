@@ -18,7 +18,7 @@ from typing import Any
 from trips.data.listing_rows import FIELDS, captions_of, check_columns, list_rows, rename
 from trips.errors import ConfigError, DataError
 
-_LISTS = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv", "captions.json")
+LISTS = ("metadata.jsonl", "metadata.csv", "captions.txt", "captions.csv", "captions.tsv", "captions.json")
 
 
 @dataclass
@@ -121,7 +121,7 @@ def find_list(source: str | Path) -> Path:
     if not path.exists():
         raise DataError("does not exist", item=str(path))
     if path.is_dir():
-        lists = [path / name for name in _LISTS if (path / name).is_file()]
+        lists = [path / name for name in LISTS if (path / name).is_file()]
         if len(lists) > 1:
             found = [item.name for item in lists]
             raise DataError("folder holds several lists", item=str(path), found=found, hint="name one of them")
@@ -148,10 +148,11 @@ def _check_splits(path: Path, splits: Sequence[str], seen: Counter[str]) -> None
     found = ", ".join(f"{name} ({count})" for name, count in sorted(seen.items()))
     missing = [split for split in splits if split not in seen]
     if missing:
-        raise ConfigError("is not in the list", item=f"split {missing[0]!r}", found=found or "no field split")
+        raise ConfigError("is not in the list", item=f"{path}#{missing[0]}", found=found or "no field split")
     if not splits and len(seen) > 1:
         # Packed together, test images would end in the training data, and nobody would notice.
-        raise DataError("holds several splits", item=str(path), found=found, hint='choose: splits=["train"]')
+        hint = f"choose: {path}#{min(seen)}, or --splits={min(seen)} of trips data pack"
+        raise DataError("holds several splits", item=str(path), found=found, hint=hint)
 
 
 def _parse_row(row: object, roots: Sequence[str]) -> tuple[str, str, list[Any]]:

@@ -150,14 +150,17 @@ class BadSamples:
                 f"too many bad samples (limit {limit})",
                 item="data",
                 found=self.summary(),
-                hint="repair or remove them, or raise the limit",
+                hint="repair or remove them, or raise the limit: data.max_bad_share",
             )
 
     def summary(self, num_named: int = 3) -> str:
         """One line for the log: how many, and the first `num_named` with their reasons."""
         if not self.errors:
             return f"0 bad of {self.num_seen} samples"
-        named = [f"{source}: {reason}" for source, reason in list(self.errors.items())[:num_named]]
+        named = [
+            reason if reason.startswith((f"{source}: ", f"{source} (")) else f"{source}: {reason}"
+            for source, reason in list(self.errors.items())[:num_named]
+        ]
         more = f"; and {len(self) - num_named} more" if len(self) > num_named else ""
         return f"{len(self)} bad of {self.num_seen} samples: {'; '.join(named)}{more}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trips.data.annotation_kinds import describe, wrong_kind
-from trips.data.annotation_rows import Row, choose_splits, find_list, list_rows, split_entry
+from trips.data.annotation_rows import Row, choose_splits, find_list, list_rows, read_text, split_entry
 from trips.data.hf import DatasetRows, is_dataset
 from trips.data.remote import expand_patterns, is_remote
 from trips.data.shards import load_index
@@ -27,6 +27,7 @@ NLVR2_ID = re.compile(r"([a-z]+\d*)-(\d+)-(\d+)-(\d+)")
 """Identifier of NLVR2: split, set of images, pair, sentence."""
 
 _LISTS = tuple(f"{name}.{suffix}" for name in ("metadata", "statements") for suffix in ("jsonl", "json", "csv", "tsv"))
+_WANTED = "statements about images"
 _IMAGE_COLUMN = re.compile(r"image_?(\d+)")
 
 
@@ -60,13 +61,13 @@ def read_rows(entry: str, columns: Mapping[str, str]) -> StatementRows:
     if is_dataset(entry):
         place = Path(split_entry(entry.removeprefix("hf:"))[0])
         rows = [(source, _rename(row, columns)) for source, row in DatasetRows(entry)]
-        _check_task(rows)
+        _check_task(rows, entry)
         return StatementRows(rows, place if place.is_dir() else Path())
     name, splits = split_entry(entry)
     tars = name.endswith(".tar")
     path = Path(name) if tars else find_list(Path(name), _LISTS)
-    rows = [(source, _rename(row, columns)) for source, row in (_tar_rows(name) if tars else list_rows(path))]
-    _check_task(rows)
+    rows = [(source, _rename(row, columns)) for source, row in (_tar_rows(name) if tars else _list_rows(path))]
+    _check_task(rows, name if tars else str(path))
     return StatementRows(choose_splits(rows, splits, "split", path), Path() if tars else path)
 
 
@@ -84,6 +85,14 @@ def images_of(row: Mapping[str, Any]) -> list[Any] | None:
     if numbered:
         return [row[key] for _, key in numbered]
     return None if row.get("image") is None else [row["image"]]
+
+
+def _list_rows(path: Path) -> Iterator[Row]:
+    """Rows of a list; the texts of other tasks, which have no header, are refused at their first line."""
+    first = read_text(path).lstrip().partition("\n")[0]
+    if first[:1] not in ("{", "[") and describe(first) is not None:
+        raise wrong_kind(str(path), first, _WANTED)
+    return list_rows(path)
 
 
 def _tar_rows(pattern: str) -> Iterator[Row]:
@@ -118,16 +127,15 @@ def _rename(row: Any, columns: Mapping[str, str]) -> Any:
     return row
 
 
-def _check_task(rows: Sequence[Row]) -> None:
+def _check_task(rows: Sequence[Row], item: str) -> None:
     """Refuse a file of another task at its first row that has a form."""
-    source, row = next(((source, row) for source, row in rows if not isinstance(row, DataError)), ("", None))
-    if not source or (isinstance(row, dict) and "sentence" in row):
+    row = next((row for _, row in rows if not isinstance(row, DataError)), {"sentence": None})
+    if isinstance(row, dict) and "sentence" in row:
         return
-    text = isinstance(row, dict) and len(row) == 1 and describe(row) is None  # its first line became the header
     raise wrong_kind(
-        source,
-        next(iter(row)) if text else row,
-        "statements about images",
+        item,
+        row,
+        _WANTED,
         found=sorted(map(str, row))[:8] if isinstance(row, dict) else type(row).__name__,
         expected="sentence and label, with images or an identifier of NLVR",
         hint="fields of other names: data.columns",

@@ -117,7 +117,7 @@ def read_statements(
             records += parsed
     if not records:
         reasons = list(bad_samples.errors.values()) if bad_samples is not None else []
-        raise DataError("no statement can be used", item=str(entry), found=reasons[-1] if reasons else "none")
+        raise DataError("no statement can be used", item=str(entry), found=reasons[-1] if reasons else "no rows")
     return records
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 23  # similarities in memory at a time
+CHUNK = 1 << 21  # similarities in memory at a time
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from trips.train.optim import build_adamw, build_schedule, learning_rates, param
 from trips.train.parallel import ParallelModel, clip_gradients, on_main
 from trips.train.resume import RunState
 from trips.train.schedule import SelectionSchedule
-from trips.train.settings import Evaluator, StepInfo, TrainingData, TrainReport, TrainSettings
+from trips.train.settings import Evaluator, StepInfo, TrainingData, TrainReport, TrainSettings, uses_bf16
 from trips.train.signals import Agreement, Interruption
 from trips.train.speed import FlopsPerSample, Speedometer
 from trips.train.trackers import open_trackers
@@ -128,10 +128,7 @@ class _Run:
         self.state = RunState(self.parallel, self.optimizer, self.lr_schedule, settings, accelerator)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.agreement = Agreement(accelerator.device, accelerator.num_processes)
-        device = accelerator.device.type
-        self.bf16 = settings.precision == "bf16" or (
-            settings.precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        self.bf16 = uses_bf16(settings.precision, accelerator.device.type)
         self.evaluation: dict[str, float] = {}
         self.contrastive_batch: int | None = None
 

@@ -7,7 +7,7 @@ data of every task over pairs is made here: `build_pairs` and `load_pairs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def build_pairs(recipe: Recipe, model_class: type[TripsForImageTextRetrieval], m
     if not data.train:
         raise ConfigError("no files given", item="data.train", expected="tars, or lists of images with captions")
     bad_samples, cache = BadSamples(data.max_bad_share), shard_cache(data)
-    texts = (text for record in _read(data, data.train, cache, bad_samples) for text in record.texts)
+    # A count of its own: what is bad there is found again in training, under another name.
+    words = _read(data, data.train, cache, BadSamples(data.max_bad_share))
+    texts = (text for record in words for text in record.texts)
     processor = build_processor(recipe.model, data, texts)
     weights = data.weights or (1.0,) * len(data.train)
     dataset = PairDataset(
@@ -80,7 +82,7 @@ def build_pairs(recipe: Recipe, model_class: type[TripsForImageTextRetrieval], m
         steps = round(recipe.schedule.alpha_ramp_epochs * (len(dataset) // recipe.optim.batch_size))
         section = dataclasses.replace(section, pretraining=section.pretraining.replace(alpha_ramp_steps=steps))
     model = build_model(section, processor, model_class)
-    test = list(_read(data, data.test, cache, bad_samples))
+    test = _read_test(data, cache, bad_samples)
     return TaskParts(
         model,
         processor,
@@ -104,7 +106,7 @@ def load_pairs(
     """
     model, processor = load_trained(model_class, run_dir)
     bad_samples = BadSamples(recipe.data.max_bad_share)
-    test = list(_read(recipe.data, recipe.data.test, shard_cache(recipe.data), bad_samples))
+    test = _read_test(recipe.data, shard_cache(recipe.data), bad_samples)
     return TaskParts(
         model,
         processor,
@@ -154,6 +156,21 @@ def _read(
     data: DataSection, entries: Sequence[str], cache: ShardCache, bad_samples: BadSamples
 ) -> Iterator[PairRecord]:
     return read_pairs(entries, cache, bad_samples, data.clean_captions, data.images, data.columns)
+
+
+def _read_test(data: DataSection, cache: ShardCache, bad_samples: BadSamples) -> list[PairRecord]:
+    """Test records, one for each image of an entry: beside a copy of itself none could be found."""
+    return [record for entry in data.test for record in join_images(_read(data, [entry], cache, bad_samples))]
+
+
+def join_images(records: Iterable[PairRecord]) -> list[PairRecord]:
+    """Records of one corpus: those of one image id become the first of them, with the texts of all."""
+    joined: dict[str | int, PairRecord] = {}
+    for record in records:
+        key = len(joined) if record.image_id is None else record.image_id
+        known = joined.get(key)
+        joined[key] = record if known is None else dataclasses.replace(known, texts=known.texts + record.texts)
+    return list(joined.values())
 
 
 def _corpora(data: DataSection, entries: Sequence[str], weights: Sequence[float]) -> list[Corpus]:

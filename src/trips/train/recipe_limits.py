@@ -5,9 +5,15 @@ from __future__ import annotations
 INF = float("inf")
 
 TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
+    "model.num_decoder_layers": ("vqa",),
+    "model.pretraining": ("pretrain", "retrieval"),
     "data.weights": ("pretrain", "retrieval"),
     "data.clean_captions": ("pretrain", "retrieval"),
     "data.flip": ("pretrain", "retrieval"),
+    "data.cache_images": ("vqa", "nlvr2"),
+    "data.shuffle_shards": ("pretrain", "retrieval", "nlvr2"),
+    "data.cache_dir": ("pretrain", "retrieval", "nlvr2"),
+    "data.cache_gb": ("pretrain", "retrieval", "nlvr2"),
     "data.loss_weights": ("vqa",),
     "data.max_questions_per_image": ("vqa",),
     "data.shuffle_images": ("nlvr2",),

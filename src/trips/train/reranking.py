@@ -1,14 +1,15 @@
 """Retrieval measured in both stages on records: contrastive features of everything, then matching (section 5.1.3).
 
 Works as one process, or over all processes that torch.distributed joins. Every batch is made up the same whatever their
-number, and goes to one of them; what comes out is added up over all, zeros from the others. So two processes find what
-one finds, and each returns it.
+number (in the second stage only where memory holds the states of all texts), and goes to one of them; what comes out is
+added up over all, zeros from the others. So two processes find what one finds, and each returns it.
 
 Dimensions: I images, T texts, U different texts, P projection width, S pairs, k shortlist.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -300,5 +301,5 @@ def _check(guides: Sequence[str], shortlist: int, batch_size: int, memory_gb: fl
     if not guides or not set(guides) <= {"text", "image"}:
         raise ConfigError("unknown guide", item="guides", found=guides, expected="text, image or both")
     for name, value, least in (("shortlist", shortlist, 1), ("batch_size", batch_size, 1), ("memory_gb", memory_gb, 0)):
-        if not value >= least:
+        if not least <= value < math.inf:
             raise ConfigError("out of range", item=name, found=value, expected=f"at least {least}")

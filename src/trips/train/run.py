@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trips.data.records import BadSamples
@@ -23,7 +24,7 @@ from trips.train.parallel import on_main
 from trips.train.recipe import Recipe
 from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, recipe_values, save_recipe
 from trips.train.schedule import SelectionSchedule
-from trips.train.settings import TrainSettings
+from trips.train.settings import Precision, TrainSettings, uses_bf16
 from trips.train.task import MODEL_FOLDER, TaskParts, task_module
 from trips.train.transfer import start_from
 from trips.vision import VisionEncoder
@@ -38,6 +39,14 @@ _FREE_KEYS = frozenset(
      "run.top_k", "run.answer", "run.metric", "run.shortlist", "run.rerank_guide", "run.memory_gb",
      "run.cache_prefix_gb")
 )  # fmt: skip
+
+# Keys that shaped a trained model, but for those behind: a measurement would ignore another value.
+_SETTLED = (
+    "model.", "optim.", "schedule.", "data.train", "data.image_size", "data.max_text_length", "data.augment",
+    "data.crop_scale", "data.flip", "data.weights", "data.loss_weights", "data.shuffle_images",
+    "data.max_questions_per_image", "data.min_answer_count", "data.jpeg_draft",
+)  # fmt: skip
+_MEASURED = ("model.selection.", "model.reasoning.num_images")
 
 RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
 
@@ -89,10 +98,10 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
     if recipe.optim.vision_lr == 0:
         # No gradient is even computed for a tower that does not learn; the guide's still passes through it.
         parts.model.trips.vision.requires_grad_(False)
-    if recipe.run.cache_prefix_gb:
-        keep_prefixes(recipe, parts.model.trips.vision)
     settings = train_settings(recipe, parts.num_samples)
-    untrained = _measure_alone(parts) if main and parts.measure_untrained else {}
+    untrained = _measure_alone(parts, settings.precision) if main and parts.measure_untrained else {}
+    if recipe.run.cache_prefix_gb:  # behind the first measurement: the room is for training images
+        keep_prefixes(recipe, parts.model.trips.vision)
     accelerator.wait_for_everyone()  # all have compared the recipe there before it is written anew
     if main:
         save_recipe(recipe, out / f"{RECIPE_FILE}.partial")
@@ -123,7 +132,7 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
         results = {
             "environment": describe_environment(),
             "recipe": recipe_to_dict(recipe),
-            **_measure_alone(parts),
+            **_measure_alone(parts, settings.precision),
             **(parts.facts or {}),
             **({"untrained": untrained} if untrained else {}),
             "steps": report.steps,
@@ -157,14 +166,15 @@ def evaluate_run(
     Returns:
         The task's figures, ``selection``, ``bad_samples``; empty on all processes but the first.
     Raises:
-        CheckpointError: the folder is not that of a finished run. ConfigError, DataError: see `load_recipe`; `out`
-            cannot be a folder.
+        CheckpointError: the folder is not that of a finished run. ConfigError, DataError: see `load_recipe`; a key that
+            training has settled; `out` cannot be a folder.
     """
     run_dir = Path(run_dir)
     for file in (RECIPE_FILE, RESULTS_FILE):  # without results the model there may be that of an earlier recipe
         if not (run_dir / file).exists():
             raise CheckpointError("is not the folder of a finished run", item=run_dir, expected=f"{file} in it")
     recipe = load_recipe(run_dir / RECIPE_FILE, overrides)
+    _check_effect(recipe, load_recipe(run_dir / RECIPE_FILE))
     if out is not None:
         try:
             Path(out).mkdir(parents=True, exist_ok=True)  # now, and not after an hour of measuring
@@ -174,7 +184,7 @@ def evaluate_run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # what the launchers of several processes tell each of them
         first = _accelerator().is_main_process
     parts = task_module(recipe.task).load(recipe, run_dir)
-    figures = parts.measure()
+    figures = _measure(parts, recipe.run.precision)
     if not first:
         return {}
     if out is not None:
@@ -203,6 +213,20 @@ def check_same_run(recipe: Recipe) -> None:
             found=", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in changed[:3]),
             hint="choose another run.out, or begin anew there with run.resume=never",
         )
+
+
+def _check_effect(recipe: Recipe, trained: Recipe) -> None:
+    """Refuse to measure with a key that the finished model would not follow: the figures would pass for its effect."""
+    ours, theirs = recipe_values(recipe), recipe_values(trained)
+    for key in ours:
+        if ours[key] != theirs[key] and key.startswith(_SETTLED) and not key.startswith(_MEASURED):
+            raise ConfigError(
+                "has no effect on a trained model",
+                item=f"override: {key}",
+                found=ours[key],
+                expected=f"{theirs[key]}, as it was trained",
+                hint="a measurement reads data.test, model.selection and run",
+            )
 
 
 def keep_prefixes(recipe: Recipe, vision: VisionEncoder) -> None:
@@ -255,9 +279,16 @@ def train_settings(recipe: Recipe, num_images: int) -> TrainSettings:
     )
 
 
-def _measure_alone(parts: TaskParts) -> dict[str, Any]:
+def _measure_alone(parts: TaskParts, precision: Precision) -> dict[str, Any]:
     """The first process measures while the others wait: a model that gathers over them would wait for them."""
     with alone():
+        return _measure(parts, precision)
+
+
+def _measure(parts: TaskParts, precision: Precision) -> dict[str, Any]:
+    """In the precision of training, which on a GPU is what an evaluation of hours hangs on."""
+    device = next(parts.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=uses_bf16(precision, device)):
         return parts.measure()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 
 from trips.config import SelectionConfig
@@ -18,6 +19,11 @@ from trips.errors import ConfigError
 Precision = Literal["auto", "fp32", "bf16"]
 ParallelMode = Literal["auto", "ddp", "fsdp"]
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
+
+
+def uses_bf16(precision: Precision, device: str) -> bool:
+    """Whether a forward pass on a kind of device ("cuda", "cpu") runs under bf16 autocast."""
+    return precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
 
 
 class TrainingData(Protocol):

@@ -53,7 +53,7 @@ def build_processor(model: ModelSection, data: DataSection, texts: Iterable[str]
     """
     if model.text != "tiny":
         tokenizer = _load_tokenizer(resolve_tower(model.text))
-    elif model.start_from is not None and Path(model.start_from).is_dir():  # if not, `start_from` says so
+    elif model.start_from is not None and Path(model.start_from, "config.json").is_file():  # else `start_from` says so
         tokenizer = TripsProcessor.from_pretrained(model.start_from).tokenizer
     else:
         tokenizer = _tiny_tokenizer(texts)

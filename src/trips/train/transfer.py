@@ -36,7 +36,9 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
         CheckpointError: no such model, or another architecture; names the first parameters that do not fit.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError("is not a saved model", item=folder, expected="config.json and model.safetensors in it")
+        hint = f"a run keeps it in {folder / 'model'}" if (folder / "model").is_dir() else None
+        expected = "config.json and model.safetensors in it"
+        raise CheckpointError("is not a saved model", item=folder, expected=expected, hint=hint)
     if isinstance(model, TripsForImageTextRetrieval):
         source = _read(folder, type(model))  # a retrieval model leaves the head for masked tokens where it is
         for name in ("trips", *(head for head in model.heads if head != "temperature")):

@@ -21,7 +21,7 @@ import torch
 from trips.config import SelectionConfig
 from trips.data.loading import AnswerList, VqaCollator, VqaDataset, answer_shares
 from trips.data.records import Question, VqaRecord, normalise_answer
-from trips.errors import ConfigError
+from trips.errors import ConfigError, DataError
 from trips.tasks.vqa import TripsForQuestionAnswering
 from trips.train.recipe import RunSection
 from trips.vqa_accuracy import VqaScore, vqa_accuracy
@@ -66,6 +66,8 @@ class VqaMeasurement:
         candidates: the answers to rank.
         selection: what the model is measured with, whatever training has set last.
         run: ``answer``, ``metric``, ``top_k`` and ``eval_batch_size`` have an effect.
+    Raises:
+        ConfigError: see `choose_metric`. DataError: two questions of one id.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class VqaMeasurement:
         self.model, self.dataset, self.collator = model, dataset, collator
         self.candidates, self.selection, self.run = candidates, selection, run
         self.metric = choose_metric(dataset.records, run.metric)
+        questions_by_id(dataset.records)  # now, and not after the training
         self._answers: dict[str, dict[str, str]] = {}
 
     def __call__(self) -> dict[str, Any]:
@@ -160,7 +163,13 @@ def evaluate_vqa(
         top_k: see `TripsForQuestionAnswering.rank_answers`.
         num_beams: of free writing; 1 is greedy.
         blank_images: ask without looking: every pixel is the mean colour.
+    Raises:
+        ConfigError: no such way or metric. DataError: two questions of one id.
     """
+    for name, value, known in (("way", way, ("rank", "generate")), ("metric", metric, ("exact", "official"))):
+        if value not in known:
+            raise ConfigError("unknown", item=name, found=value, expected=" | ".join(known))
+    questions = questions_by_id(dataset.records)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     everything = VqaDataset(dataset.records, dataset.processor, dataset.bad_samples)
@@ -186,8 +195,27 @@ def evaluate_vqa(
             said = [spelling.get(text, text) for text in _decode(collator, written)]
         answers |= zip(batch["question_ids"], said, strict=True)
     model.train(was_training)
-    questions = {question.question_id: question for record in dataset.records for question in record.questions}
     return VqaScores(answers, len(questions), score_answers(questions.values(), answers, metric))
+
+
+def questions_by_id(records: Iterable[VqaRecord]) -> dict[str, Question]:
+    """Questions of records, in their order.
+
+    Raises:
+        DataError: two have one id, under which there is room for one answer; a reader sees that of its own file only.
+    """
+    questions: dict[str, Question] = {}
+    for record in records:
+        for question in record.questions:
+            if question.question_id in questions:
+                raise DataError(
+                    "question id occurs twice in what is to be measured",
+                    item=record.source,
+                    found=question.question_id,
+                    hint="measure the entries of data.test one by one, or give their questions ids of their own",
+                )
+            questions[question.question_id] = question
+    return questions
 
 
 def score_answers(questions: Iterable[Question], answers: Mapping[str, str], metric: Metric) -> VqaScore:
