@@ -10,11 +10,12 @@ from trips.data.loading import AnswerList
 from trips.data.records import BadSamples
 from trips.errors import ConfigError
 from trips.paper.figures import draw_selection, selection_row
+from trips.saved import ANSWERS_FILE
 from trips.tasks.vqa import TripsForQuestionAnswering
 from trips.train.recipe_io import Overrides, load_recipe
 from trips.train.run import RECIPE_FILE
 from trips.train.task import load_trained
-from trips.train.vqa import ANSWERS_FILE, read_records
+from trips.train.vqa import read_records
 
 
 @torch.no_grad()

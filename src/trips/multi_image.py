@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ class MergedCrossAttention(BertAttention):
         return seen.unflatten(0, (-1, n)).mean(dim=1), weights
 
 
-class MultiImageFusionEncoder(FusionEncoder):
+class MultiImageFusionEncoder(FusionEncoder, ABC):
     """What both forms share; `forward` takes (B, n, E, D) image tokens, its teacher has a row for each image.
 
     Args:
@@ -91,9 +92,9 @@ class MultiImageFusionEncoder(FusionEncoder):
         """
         return image_attention(maps, attention_mask.repeat_interleave(self.num_images, dim=0))
 
+    @abstractmethod
     def paths_of(self, name: str) -> list[str]:
         """Names, here, of the parameter that an encoder of one image calls `name`: one, or one for each image."""
-        raise NotImplementedError
 
     def state_from_single(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This encoder's state dictionary from that of a `FusionEncoder` of one image, whose copies all paths are."""

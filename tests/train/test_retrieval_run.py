@@ -102,6 +102,8 @@ def test_a_run_from_a_csv_measures_both_stages(finished: tuple[Path, dict[str, A
     assert again["first_stage"]["image_recall"] == results["first_stage"]["image_recall"]
     assert set(again["reranked"]) == {"text"}
     assert again["reranked"]["text"]["text_recall"] == results["reranked"]["text"]["text_recall"]
+    for same in ("--model.selection.guide=none", "--model.selection.keep_rate=1.0", "--model.selection.guide=image"):
+        assert set(evaluate_run(out, [same])["reranked"]) == {"text"}  # one second stage, not two alike
 
 
 def test_what_is_bad_in_training_counts_once(tmp_path: Path, recipe_for: Make) -> None:

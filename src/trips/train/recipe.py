@@ -189,7 +189,7 @@ class RunSection:
             256 on COCO and 128 on Flickr30K.
         rerank_guide: who selects patches in that second stage. "text": the text of each pair, so that the layers behind
             the first selection run per pair (the paper); "image": the image [CLS], once per image; "both" measures the
-            two.
+            two, or the one where no text selects.
         cache_prefix_gb: most memory for what a frozen vision tower (optim.vision_lr 0, nothing augmented) has made of
             the images up to the first selection, or to its end where nothing is removed: each is then computed once; 0
             is off.

@@ -12,6 +12,7 @@ from typing import Any
 from trips.data.pair_records import PairRecord
 from trips.data.records import BadSamples
 from trips.processor import TripsProcessor
+from trips.tasks.reranking import rerank_selection
 from trips.tasks.retrieval import TripsForImageTextRetrieval
 from trips.train.pretraining import build_pairs, load_pairs
 from trips.train.recipe import Recipe
@@ -39,14 +40,17 @@ def _measure(
     model.config.selection = recipe.model.selection
     if not test:
         return {}
-    run = recipe.run
+    run, guides = recipe.run, (recipe.run.rerank_guide,)
+    if run.rerank_guide == "both":
+        same = rerank_selection(recipe.model.selection, "text") == rerank_selection(recipe.model.selection, "image")
+        guides = ("text",) if same else ("text", "image")  # as in the baseline, where nothing selects
     return evaluate_two_stage(
         model,
         test,
         processor,
         bad_samples,
         shortlist=run.shortlist,
-        guides=("text", "image") if run.rerank_guide == "both" else (run.rerank_guide,),
+        guides=guides,
         batch_size=run.eval_batch_size,
         memory_gb=run.memory_gb,
     )

@@ -17,6 +17,7 @@ from trips.distributed import alone
 from trips.environment import describe_environment
 from trips.errors import CheckpointError, ConfigError, MissingDependencyError
 from trips.prefix_cache import PrefixCache
+from trips.saved import MODEL_FOLDER
 from trips.train.checkpoint import list_checkpoints
 from trips.train.lock import RunLock
 from trips.train.loop import train
@@ -25,7 +26,7 @@ from trips.train.recipe import Recipe
 from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, recipe_values, save_recipe
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import Precision, TrainSettings, uses_bf16
-from trips.train.task import MODEL_FOLDER, TaskParts, task_module
+from trips.train.task import TaskParts, task_module
 from trips.train.transfer import start_from
 from trips.vision import VisionEncoder
 

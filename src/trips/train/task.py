@@ -19,10 +19,10 @@ from trips.data.records import BadSamples
 from trips.errors import CheckpointError, TripsError
 from trips.model import TripsPreTrainedModel
 from trips.processor import TripsProcessor
+from trips.saved import MODEL_FOLDER
 from trips.train.settings import TrainingData
 from trips.train.speed import FlopsPerSample
 
-MODEL_FOLDER = "model"
 _MODULES = {
     "vqa": "trips.train.vqa",
     "pretrain": "trips.train.pretraining",

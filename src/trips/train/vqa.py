@@ -17,6 +17,7 @@ from trips.data.question_files import read_questions
 from trips.data.records import BadSamples, VqaRecord, normalise_answer
 from trips.errors import CheckpointError, ConfigError, DataError
 from trips.processor import TripsProcessor
+from trips.saved import ANSWERS_FILE
 from trips.tasks.vqa import TripsForQuestionAnswering
 from trips.train.augmentation import train_transform
 from trips.train.data import RecordTrainingData
@@ -25,8 +26,6 @@ from trips.train.settings import StepInfo
 from trips.train.task import TaskParts, load_trained
 from trips.train.towers import build_model, build_processor
 from trips.train.vqa_evaluation import VqaMeasurement, majority_accuracy
-
-ANSWERS_FILE = "answers.json"
 
 
 def build(recipe: Recipe) -> TaskParts:
