@@ -12,33 +12,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import statistics
 from pathlib import Path
 
-from trips.data.scene_batches import SceneBatcher, scene_processor
-from trips.data.scenes import SceneConfig, SceneCorpus
 from trips.environment import describe_environment
 from trips.quickstart.plan import GUIDES, VALIDATION_START, QuickstartPlan
 from trips.quickstart.report import answerable_gain
-from trips.quickstart.run import measured_row, warmed_up_model
-from trips.tasks.vqa import TripsForQuestionAnswering
+from trips.quickstart.run import measured_row
+from trips.quickstart.sweep import SceneAccuracy
 
 PAPER_RATE = 0.7
 PAPER_GUIDES = ("text_distill", "text_gate", "image_cls", "random")  # "none" is the same row at any rate
-
-
-def warmed_up(plan: QuickstartPlan, seed: int, work: Path) -> tuple[TripsForQuestionAnswering, SceneBatcher]:
-    """The seed's model from `work`, made there first if need be, with its batcher."""
-    folder = work / f"seed_{seed}_{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}"  # of this plan and no other
-    if folder.is_dir():
-        corpus = SceneCorpus(SceneConfig(), seed=seed)
-        return TripsForQuestionAnswering.from_pretrained(folder), SceneBatcher(corpus, scene_processor(corpus))
-    model, batcher = warmed_up_model(plan, seed)
-    model.save_pretrained(folder)
-    return model, batcher
 
 
 def summarise(seeds: dict[str, dict[str, dict]], last: str) -> dict[str, dict]:
@@ -84,6 +70,7 @@ def main() -> None:
     harsh = {guide: plan.selection(guide) for guide in GUIDES}
     mild = {f"{guide} x {PAPER_RATE}": plan.selection(guide, PAPER_RATE) for guide in PAPER_GUIDES}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    source = SceneAccuracy(args.work, plan)
     written = json.loads(json.dumps(dataclasses.asdict(plan)))
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"plan": written, "seeds": {}}
     if results["plan"] != written:
@@ -92,7 +79,7 @@ def main() -> None:
         for seed in args.seeds:
             rows = results["seeds"].setdefault(str(seed), {})
             missing = [name for name in selections if name not in rows]
-            warm, batcher = warmed_up(plan, seed, args.work) if missing else (None, None)
+            warm, batcher = source.warmed_up(seed) if missing else (None, None)
             for name in missing:
                 rows[name], _ = measured_row(name, warm, batcher, plan, selections[name], seed)
                 results["environment"] = describe_environment()

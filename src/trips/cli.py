@@ -24,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from trips import cli_data, cli_use
+from trips import cli_bench, cli_data, cli_models, cli_use
 from trips.errors import ConfigError, TripsError
 
 # A key of a recipe, or a section alone, which `load_recipe` then refuses by name.
@@ -124,10 +124,13 @@ VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     "evaluate": evaluate,
     **cli_use.VERBS,
     "explain": explain,
+    **cli_models.VERBS,
+    **cli_bench.VERBS,
     "data": cli_data,  # a module is a group of verbs
     "recipes": recipes,
     "quickstart": quickstart,
 }
+_GROUPS = (cli_use, cli_models, cli_bench)  # modules of verbs that say how their arguments and results look
 _POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR", "explain": "RUN_DIR"}
 
 
@@ -221,8 +224,8 @@ def _parser(verb: str | None) -> ArgumentParser:
             usage=f"trips {name} [options] {_POSITIONAL[name]} [--SECTION.KEY=VALUE ...]" if takes_keys else None,
             exit_on_error=False,
         )
-        if name in cli_use.VERBS:
-            cli_use.add_arguments(name, command)
+        if group := _group_of(name):
+            group.add_arguments(name, command)
         else:
             command.add_function_arguments(function, as_group=False, as_positional=True, skip={"overrides", "as_json"})
         command.add_argument("--json", action="store_true", help="print one JSON object for machines")
@@ -232,6 +235,11 @@ def _parser(verb: str | None) -> ArgumentParser:
             add_recipe_arguments(command)
         commands.add_subcommand(name, command, help=_summary(function).splitlines()[0])
     return parser
+
+
+def _group_of(verb: str) -> ModuleType | None:
+    """The one of `_GROUPS` that a verb belongs to."""
+    return next((group for group in _GROUPS if verb in group.VERBS), None)
 
 
 def _summary(function: Callable[..., Any] | ModuleType) -> str:
@@ -266,8 +274,9 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 def _show(verb: str, result: Any, as_json: bool) -> None:
-    if verb in ("data", *cli_use.VERBS) and not as_json:
-        Console().print(cli_data.render(result) if verb == "data" else cli_use.render(verb, result))
+    group = _group_of(verb)
+    if (verb == "data" or group) and not as_json:
+        Console().print(group.render(verb, result) if group else cli_data.render(result))
         return
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         result = dataclasses.asdict(result)

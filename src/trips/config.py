@@ -48,6 +48,7 @@ __all__ = [
     "WidthMap",
     "bert_variant",
     "check_locations",
+    "merging_rounds",
     "num_kept",
     "selection_placement",
     "token_counts",
@@ -66,6 +67,29 @@ def num_kept(num_candidates: int, keep_rate: float) -> int:
     whole, _, decimals = digits.partition(".")
     denominator = 10 ** (len(decimals) - int(exponent or 0))
     return max(1, min(num_candidates, -(-int(whole + decimals) * num_candidates // denominator)))
+
+
+def merging_rounds(num_candidates: int, num_kept: int) -> tuple[int, ...]:
+    """Tokens that each round of merging by similarity leaves, from n candidates to k.
+
+    A round pairs tokens, so it removes at most half of them. There are as few rounds as possible; each keeps about the
+    same share, since a round that removes all it can has no choice left which pairs to merge.
+
+    Args:
+        num_candidates: n.
+        num_kept: k, from 1 to n.
+    Returns:
+        falling counts that end in k; none if k = n.
+    """
+    left, rounds = num_candidates, 0
+    while left > num_kept:
+        left, rounds = left - left // 2, rounds + 1
+    counts, left = [], num_candidates
+    for remaining in range(rounds, 0, -1):
+        even = round(left * (num_kept / left) ** (1 / remaining))
+        left = min(num_kept << (remaining - 1), max(left - left // 2, even))
+        counts.append(left)
+    return tuple(counts)
 
 
 def selection_placement(num_layers: int, num_locations: int) -> tuple[int, ...]:
@@ -103,7 +127,7 @@ def token_counts(num_patches: int, num_layers: int, selection: SelectionConfig) 
     """
     check_locations(selection, num_layers)
     rates = dict(zip(selection.layers, selection.rates, strict=True)) if selection.active else {}
-    fused = selection.inattentive != "drop"
+    fused = selection.fuses
     counts, n = [], num_patches
     for layer in range(1, num_layers + 1):
         before = n

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 
 from trips.errors import ConfigError
 
-Guide = Literal["text", "image", "random", "none"]
+Guide = Literal["text", "image", "random", "similarity", "none"]
 Score = Literal["states", "raw_states", "keys"]
 QueryNorm = Literal["layer", "none"]
 Heads = Literal["full", "per_head"]
 Inattentive = Literal["fuse", "renormalise", "drop"]
 Learning = Literal["literal", "gate", "distill"]
 WidthMap = Literal["equal", "orthogonal"]
+Architecture = Literal["dual", "single"]
 ItcGuide = Literal["image", "none", "text"]
 ItmGuide = Literal["anew", "reuse"]
 MlmGuide = Literal["masked", "full"]
@@ -76,7 +77,8 @@ class SelectionConfig(Options):
         layers: 1-based vision layers that select between their attention and their FFN; empty: no selection.
         keep_rate: share r of the candidates kept, in (0, 1]; one for all locations or one per location.
         guide: "text" is TD-ATT; "image" lets the image [CLS] ask (the paper's "w/o TD-ATT"); "random" scores by
-            noise; "none" is the ALBEF-C baseline.
+            noise; "similarity" merges patches that are alike into one instead of choosing among them (ToMe's way),
+            and so has no use for score, query_norm, heads, inattentive and learning; "none" is the ALBEF-C baseline.
         score: what the query of Eq. 2 meets: "states" after the layer's second norm, "raw_states" as printed,
             "keys" the states through the layer's own key projection.
         query_norm: "layer" sends t_cls through the layer's input norm before W_q, "none" sends it raw.
@@ -155,6 +157,16 @@ class SelectionConfig(Options):
     def active(self) -> bool:
         """Whether any token is ever removed."""
         return self.guide != "none" and bool(self.layers)
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether there is a guide that training could teach: noise and likeness have none."""
+        return self.active and self.guide in ("text", "image")
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a location that removes tokens appends a fused one."""
+        return self.active and self.guide != "similarity" and self.inattentive != "drop"
 
     @property
     def rates(self) -> tuple[float, ...]:

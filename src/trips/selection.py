@@ -188,3 +188,11 @@ def select_patches(
     fused = fuse_inattentive(patches, a_cls, kept, renormalise=inattentive == "renormalise")
     positions = torch.cat([positions, positions.new_full((positions.shape[0], 1), FUSED)], dim=1)
     return torch.cat([cls, kept_patches, fused], dim=1), positions, record
+
+
+def semi_orthogonal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """(rows, columns) fixed map with orthonormal rows or columns, whichever are fewer; seeded, no parameters."""
+    noise = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed))
+    basis = torch.linalg.qr(noise).Q
+    # Contiguous, as it will be after saving and loading: products then round alike and reloading is bitwise.
+    return (basis if rows >= columns else basis.T).contiguous()

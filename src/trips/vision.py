@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig
 
 from trips.config import SelectionConfig, check_locations, num_kept
 from trips.errors import ConfigError, ShapeError
+from trips.merging import merge_patches
 from trips.prefix_cache import PrefixCache
-from trips.selection import Selection, relevance_logits, select_patches, straight_through_gate
+from trips.selection import Selection, relevance_logits, select_patches, semi_orthogonal, straight_through_gate
 from trips.towers import TowerReader, build_tower
 
 
@@ -165,10 +166,14 @@ class VisionEncoder(nn.Module):
             output_hidden_states: return embeddings and all layer outputs.
             generator: source of the random guide's noise.
         Raises:
-            ConfigError: the prefix was made for another first location. ShapeError: text and image rows differ.
+            ConfigError: the prefix was made for another first location; nothing to observe, since similarity merges.
+            ShapeError: text and image rows differ.
         """
         selection = selection or self.selection
         reader, states = self.reader, prefix.states
+        merges = selection.guide == "similarity"
+        if observe and merges:
+            raise ConfigError("no guide scores the patches", item="observe", found=selection.guide)
         if (selection.layers[0] if selection.active else None) != prefix.layer:
             raise ConfigError(
                 "prefix was made for another first location",
@@ -180,6 +185,7 @@ class VisionEncoder(nn.Module):
         positions = torch.arange(states.shape[1] - 1, device=states.device).expand(states.shape[0], -1)
         history, records = list(prefix.hidden_states), []
         gates: Tensor | None = None
+        sizes: Tensor | None = None  # patches behind each token, where similarity merges
         for index in range(len(reader.layers) if prefix.layer is None else prefix.layer - 1, len(reader.layers)):
             layer = index + 1
             if output_hidden_states and layer != prefix.layer:
@@ -191,7 +197,13 @@ class VisionEncoder(nn.Module):
                 states = reader.attend(index, states)
             n = states.shape[1] - 1
             k = n if observe else num_kept(n, rates[layer])
-            if k < n or observe:
+            if k < n and merges:
+                keys = reader.keys(index, states[:, 1:].detach())
+                states, positions, sizes, record = merge_patches(
+                    states, keys, k, positions, sizes, layer=layer, num_heads=self.config.num_attention_heads
+                )
+                records.append(record)
+            elif k < n or observe:
                 states, positions, record = select_patches(
                     states,
                     self._logits(index, states, text_cls, selection, generator),
@@ -201,7 +213,7 @@ class VisionEncoder(nn.Module):
                     inattentive=selection.inattentive,
                 )
                 records.append(record)
-                if selection.learning == "gate" and k < n:
+                if selection.learning == "gate" and selection.can_learn and k < n:
                     gates = self._follow(gates, record, positions.shape[1], selection.gate_temperature)
             states = reader.feed_forward(index, states)
         if output_hidden_states:
@@ -290,11 +302,3 @@ class VisionEncoder(nn.Module):
                 "text width unlike vision width", item="text_cls", found=text_cls.shape[1], expected=states.shape[2]
             )
         return text_cls
-
-
-def semi_orthogonal(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """(rows, columns) fixed map with orthonormal rows or columns, whichever are fewer; seeded, no parameters."""
-    noise = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed))
-    basis = torch.linalg.qr(noise).Q
-    # Contiguous, as it will be after saving and loading: products then round alike and reloading is bitwise.
-    return (basis if rows >= columns else basis.T).contiguous()

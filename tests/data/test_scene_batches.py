@@ -43,3 +43,34 @@ def test_training_data_is_a_function_of_the_step(batcher):
 def test_curriculum_must_rise(batcher):
     with pytest.raises(ConfigError, match="curriculum"):
         SceneVqaData(batcher, curriculum=((4, 1), (2, 3)))
+
+
+@pytest.mark.parametrize("side", [32, 48, 96])
+def test_resized_pictures_keep_their_contents_and_what_is_relevant(batcher, side):
+    resized = SceneBatcher(batcher.corpus, batcher.processor, side)
+    own, other = batcher.batch(5, 2, 4), resized.batch(5, 2, 4)
+    assert other.questions == own.questions and torch.equal(other.answers, own.answers)
+    pixels, drawn = other.tensors["pixel_values"], own.tensors["pixel_values"]
+    assert pixels.shape == (2, 3, side, side)
+    assert torch.allclose(pixels.mean(dim=(2, 3)), drawn.mean(dim=(2, 3)), atol=0.03)
+    size, patch = batcher.corpus.config.image_size, batcher.corpus.config.patch_size
+    grid = side // patch
+    for question, marked in zip(own.questions, resized.relevant(own.questions).view(-1, grid, grid), strict=True):
+        assert marked.any()
+        for row, column in marked.nonzero().tolist():  # each marked patch touches a box, edges rounded outwards
+            y, x, step, slack = (
+                row * patch * size / side,
+                column * patch * size / side,
+                patch * size / side,
+                size / side,
+            )
+            assert any(
+                x0 - slack < x + step and x < x1 + slack and y0 - slack < y + step and y < y1 + slack
+                for x0, y0, x1, y1 in question.boxes
+            )
+
+
+def test_a_side_that_holds_no_whole_patches_is_refused(batcher):
+    for side in (0, 60):
+        with pytest.raises(ConfigError, match="multiple of the patch size"):
+            SceneBatcher(batcher.corpus, batcher.processor, side)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -58,10 +59,19 @@ class SceneBatcher:
     Args:
         corpus: where scenes and questions come from.
         processor: see `scene_processor`.
+        side: pixels of a side of the pictures as the model sees them, a multiple of the patch size; other than the
+            corpus's, pictures are drawn as ever and resized, so that a larger one shows nothing more.
+    Raises:
+        ConfigError: a side that is no multiple of the patch size.
     """
 
-    def __init__(self, corpus: SceneCorpus, processor: TripsProcessor) -> None:
+    def __init__(self, corpus: SceneCorpus, processor: TripsProcessor, side: int | None = None) -> None:
         self.corpus, self.processor = corpus, processor
+        self.side = corpus.config.image_size if side is None else side
+        if self.side < 1 or self.side % corpus.config.patch_size:
+            raise ConfigError(
+                "no multiple of the patch size", item="side", found=side, expected=f"of {corpus.config.patch_size}"
+            )
         encoded = processor.encode_answers(list(ANSWERS))
         self.answer_ids, self.answer_mask = encoded["input_ids"], encoded["attention_mask"]
         self._numbers = {answer: number for number, answer in enumerate(ANSWERS)}
@@ -71,8 +81,11 @@ class SceneBatcher:
         return tuple(self.corpus.scene(start + i, num_objects) for i in range(count))
 
     def pixels(self, scenes: Sequence[Scene]) -> Tensor:
-        """(I, 3, S, S) float32."""
-        return self.processor.normalise([scene.image for scene in scenes])
+        """(I, 3, S, S) float32, S the batcher's side."""
+        pixels = self.processor.normalise([scene.image for scene in scenes])
+        if self.side == self.corpus.config.image_size:
+            return pixels
+        return F.interpolate(pixels, size=(self.side, self.side), mode="bicubic", antialias=True)
 
     def batch(
         self,
@@ -97,9 +110,18 @@ class SceneBatcher:
 
     def relevant(self, questions: Sequence[SceneText]) -> Tensor:
         """(B, N) bool: the patches that each question speaks of."""
-        config = self.corpus.config
-        rows = [relevant_patches(q.boxes, config.image_size, config.patch_size) for q in questions]
+        config, side = self.corpus.config, self.side
+        rows = [
+            relevant_patches([_resized(box, side, config.image_size) for box in q.boxes], side, config.patch_size)
+            for q in questions
+        ]
         return torch.from_numpy(np.stack(rows))
+
+
+def _resized(box: Sequence[int], side: int, drawn: int) -> tuple[int, int, int, int]:
+    """A box of a picture `drawn` pixels wide in one of `side`, edges rounded outwards."""
+    x0, y0, x1, y1 = box
+    return x0 * side // drawn, y0 * side // drawn, -(-x1 * side // drawn), -(-y1 * side // drawn)
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,10 @@ def _summary(tally: _Tally, selection: SelectionConfig) -> dict[str, Any]:
     }
 
 
-def flops_of(model: TripsForQuestionAnswering, selection: SelectionConfig, text_length: int) -> float:
-    """Operations of one image-text pair, in units of 1e9; the answer decoder is not in it."""
-    vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    return count_flops(model.config, (side, side), text_length, selection).total
+def flops_of(model: TripsForQuestionAnswering, selection: SelectionConfig, text_length: int, side: int) -> float:
+    """Operations of one pair of a text and an image of `side` pixels, in units of 1e9; without the answer decoder."""
+    patches = side // model.config.vision_config.patch_size
+    return count_flops(model.config, (patches, patches), text_length, selection).total
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def measured_row(
         "guide": name,
         "keep_rates": list(selection.rates) if selection.active else [1.0] * len(selection.layers),
         **measured,
-        "flops_g": flops_of(model, selection, _TEXT_LENGTH),
+        "flops_g": flops_of(model, selection, _TEXT_LENGTH, batcher.side),
         "train_seconds": round(report.seconds, 1),
     }
     return row, model

@@ -153,9 +153,8 @@ class PatchLabelData:
 def with_mixture(batcher: SceneBatcher, mixture: Mixture) -> SceneBatcher:
     """The same scenes with other shares of the question types."""
     corpus = batcher.corpus
-    return SceneBatcher(
-        SceneCorpus(dataclasses.replace(corpus.config, mixture=mixture), corpus.seed), batcher.processor
-    )
+    mixed = SceneCorpus(dataclasses.replace(corpus.config, mixture=mixture), corpus.seed)
+    return SceneBatcher(mixed, batcher.processor, batcher.side)
 
 
 def warm_up(

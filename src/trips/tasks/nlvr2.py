@@ -92,7 +92,7 @@ class TripsForVisualReasoning(TripsPreTrainedModel):
             ShapeError: images or labels do not fit the texts.
         """
         selection = selection or self.config.selection
-        if distill and (not selection.active or selection.guide == "random"):
+        if distill and not selection.can_learn:
             raise ConfigError("there is no guide to teach", item="distill", found=selection.guide)
         if input_ids is None:
             raise ConfigError("give input_ids", item="forward")

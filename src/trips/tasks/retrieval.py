@@ -257,7 +257,7 @@ class TripsForImageTextRetrieval(TripsPreTrainedModel):
     ) -> PairLosses:
         """Contrast and matching of a batch, with a masked text running along where there is one; see `forward`."""
         options = self.config.pretraining
-        if distill and (not selection.active or selection.guide == "random"):
+        if distill and not selection.can_learn:
             raise ConfigError("there is no guide to teach", item="distill", found=selection.guide)
         rows = input_ids.shape[:1]
         check_shapes(

@@ -106,7 +106,7 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
             ConfigError: distillation without a guide that can learn. ShapeError: answers do not fit the questions.
         """
         selection = selection or self.config.selection
-        if distill and (not selection.active or selection.guide == "random"):
+        if distill and not selection.can_learn:
             raise ConfigError("there is no guide to teach", item="distill", found=selection.guide)
         output = self.trips(
             input_ids,

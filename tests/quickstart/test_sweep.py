@@ -1,0 +1,51 @@
+"""The accuracy source on the embedded corpus: settings become the right model, one warm-up serves all."""
+
+from __future__ import annotations
+
+import pytest
+
+from trips.config import SelectionConfig
+from trips.errors import ConfigError
+from trips.paper.settings import Setting
+from trips.quickstart.plan import QuickstartPlan
+from trips.quickstart.sweep import SceneAccuracy
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [((5, 10), (3, 5)), ((2,), (1,)), ((10,), (5,)), ((2, 4), (1, 2)), ((4, 8), (2, 4)), ((6, 12), (3, 6)),
+     ((2, 6, 10), (1, 3, 5)), ((3, 6, 9), (2, 3, 5)), ((4, 8, 12), (2, 4, 6))],
+)  # fmt: skip
+def test_locations_of_table_4_are_scaled_to_half_the_depth(layers, expected):
+    setting = Setting("row", SelectionConfig(layers=layers))
+    assert setting.selection_in(6).layers == expected
+    assert setting.selection_in(12) == setting.selection
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="two locations fall on one layer"):
+        Setting("row", SelectionConfig(layers=(5, 6))).selection_in(6)
+    for scale in (0, 1.2):
+        with pytest.raises(ConfigError, match="scale"):
+            Setting("row", SelectionConfig(), scale=scale)
+
+
+def test_384_pixels_stand_for_the_corpus_own_picture():
+    source = SceneAccuracy("nowhere")
+    sides = {size: source.side(Setting("row", SelectionConfig(), image_size=size)) for size in (224, 384, 456)}
+    assert sides == {224: 40, 384: 64, 456: 80}  # 4.67, 8 and 9.5 patches; Python rounds a half to the even number
+    assert source.side(Setting("row", SelectionConfig(), scale=0.75)) == 48
+
+
+def test_measuring_needs_one_warm_up_and_repeats_itself(tmp_path):
+    plan = QuickstartPlan.of("smoke")
+    setting = Setting("text", SelectionConfig(keep_rate=0.5, learning="gate"))
+    source = SceneAccuracy(tmp_path, plan)
+    first = source.measure(setting, 1)
+    kept = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(kept) == 1 and 0 <= first["accuracy"] <= 100 and {"recall", "gain", "flops_g"} <= first.keys()
+    again = SceneAccuracy(tmp_path, plan).measure(setting, 1)  # from what was kept
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+    smaller = source.measure(Setting("small", SelectionConfig(guide="none"), scale=0.5), 1)
+    assert "recall" not in smaller and smaller["flops_g"] < first["flops_g"]
+    assert sorted(tmp_path.rglob("*.safetensors")) == kept
