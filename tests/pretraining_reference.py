@@ -38,10 +38,29 @@ def features(side: nn.Module, batch: dict, selection: SelectionConfig, itc: str)
         selection = SelectionConfig(layers=(), guide="none")
     image, text = [], []
     for row in range(len(batch["input_ids"])):
+        if side.trips.config.architecture == "single":
+            prefix = side.trips.encode_prefix(batch["pixel_values"][row : row + 1])
+            image_alone = side.trips.image_alone(prefix, selection)[:, 0]
+            text_alone = side.trips.text_alone(*(batch[key][row : row + 1] for key in ("input_ids", "attention_mask")))
+            image.append(F.normalize(side.image_projection(image_alone)))
+            text.append(F.normalize(side.text_projection(text_alone[:, 0])))
+            continue
         words = text_states(side, batch, row)[:, 0]
         image.append(F.normalize(side.image_projection(image_states(side, batch, row, words, selection)[:, 0])))
         text.append(F.normalize(side.text_projection(words)))
     return torch.cat(image), torch.cat(text)
+
+
+def pair_states(
+    side: nn.Module, batch: dict, image: int, text: int, selection: SelectionConfig, guide: Tensor, key: str
+) -> Tensor:
+    """(1, L, D) of one text with one image; the guide is another text's only in the dual-stream model."""
+    mask = batch["attention_mask"][text : text + 1]
+    if side.trips.config.architecture == "single":
+        pixels = batch["pixel_values"][image : image + 1]
+        return side.trips(batch[key][text : text + 1], mask, pixels, selection=selection).last_hidden_state
+    states = image_states(side, batch, image, guide[:, 0], selection)
+    return side.trips.fusion(text_states(side, batch, text, key), mask, states)[0]
 
 
 def mlm_logits(side: nn.Module, batch: dict, selection: SelectionConfig, mlm: str) -> Tensor:
@@ -51,8 +70,7 @@ def mlm_logits(side: nn.Module, batch: dict, selection: SelectionConfig, mlm: st
         row, token = divmod(place, length)
         words = text_states(side, batch, row, "mlm_input_ids")
         guide = words if mlm == "masked" else text_states(side, batch, row)
-        image = image_states(side, batch, row, guide[:, 0], selection)
-        fused, _ = side.trips.fusion(words, batch["attention_mask"][row : row + 1], image)
+        fused = pair_states(side, batch, row, row, selection, guide, "mlm_input_ids")
         hidden = side.mlm_head.transform(fused[0, token])
         found.append(side.trips.text.embeddings.word_embeddings.weight @ hidden + side.mlm_head.bias)
     return torch.stack(found)
@@ -67,8 +85,7 @@ def matching(model: TripsForPreTraining, batch: dict, selection: SelectionConfig
     for image, text in pairs:
         words = text_states(model, batch, text)
         guide = words if itm == "anew" else text_states(model, batch, image)
-        states = image_states(model, batch, image, guide[:, 0], selection)
-        fused, _ = model.trips.fusion(words, batch["attention_mask"][text : text + 1], states)
+        fused = pair_states(model, batch, image, text, selection, guide, "input_ids")
         found.append(model.itm_head(fused[0, 0]))
     return torch.stack(found)
 

@@ -25,14 +25,25 @@ import yaml
 from PIL import Image
 from tiny import randomise
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+)
 
 from trips import cli
 from trips.config import SelectionConfig
 from trips.train.recipe_io import list_recipes, load_recipe, recipe_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RUN = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "training", "data_formats", "checkpoints")))
+RUN = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "training", "data_formats", "checkpoints", "acceleration")),
+)
 DOCUMENTS = ("README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")))
 
 # How a documented command is run here: what is put behind it so that it takes seconds.
@@ -44,6 +55,9 @@ BEHIND = {
     "score": (),
     "recipes": (),
     "data": (),
+    "flops": (),
+    "table": (),
+    "import": (),
 }
 # What the make targets stand for; the others are only checked to exist.
 TARGETS = {"quickstart": "trips quickstart"}
@@ -94,6 +108,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = BertConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=64)
     for saved in (randomise(BertModel(text, add_pooling_layer=False)), tokenizer):
         saved.save_pretrained(folder / "sentence-transformers" / "all-MiniLM-L6-v2")
+    write_blip(folder / "Salesforce" / "blip-vqa-base")
     Image.effect_noise((320, 240), 60).convert("RGB").save(folder / "kitchen.jpg")
     for split, count in (("train", 17), ("test", 2)):
         write_tar(folder / "data" / f"daquar-{split}-000.tar", split, count, (folder / "kitchen.jpg").read_bytes())
@@ -114,6 +129,15 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     pieces.decoder = decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=pieces, **special)
+
+
+def write_blip(folder: Path) -> None:
+    """A BLIP of the real depth and resolution, narrow, that takes BERT's own ids up to 2999."""
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**shape, "encoder_hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 3000}
+    text |= {"bos_token_id": 1, "eos_token_id": 102, "sep_token_id": 102, "pad_token_id": 0}
+    vision = {**shape, "num_hidden_layers": 12, "image_size": 384, "patch_size": 16}
+    randomise(BlipForQuestionAnswering(BlipConfig(vision_config=vision, text_config=text))).save_pretrained(folder)
 
 
 def write_tar(path: Path, split: str, count: int, image: bytes) -> None:
@@ -241,6 +265,9 @@ def test_commands_of_other_documents_are_real(document: str) -> None:
                 load_recipe(arguments[1], arguments[2:])
             elif arguments is not None:
                 assert arguments[0] in cli.VERBS, where
+                if arguments[0] not in ("data", "evaluate"):
+                    own, _ = cli._split_overrides(arguments)
+                    cli._parser(arguments[0]).parse_args(own)  # verb and options exist
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,16 @@ def test_mask_closes_padding_in_every_dtype(dtype) -> None:
         assert torch.equal(weights[:, :length], torch.full((3, length), 1 / length, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 25])
+def test_mask_lies_as_fused_attention_wants_it(length: int) -> None:
+    given = (torch.arange(length) < torch.tensor([[length], [1]])).long()
+    mask = bidirectional_mask(given, torch.float32)
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1]) and mask.stride(-1) == 1
+    assert torch.equal(
+        mask, torch.where(given.bool(), 0.0, torch.finfo(torch.float32).min)[:, None, None].expand_as(mask)
+    )
+
+
 def test_teacher_carries_no_gradient_and_fusion_does(fusion) -> None:
     image = torch.randn(1, 4, 32, requires_grad=True)
     states, attention = fusion(torch.randn(1, 3, 32), torch.ones(1, 3), image, output_image_attention=True)

@@ -95,6 +95,13 @@ def test_rounds_reach_k_and_none_removes_more_than_half(n, rate) -> None:
     assert len(counts) == fewest
 
 
+def test_rounds_keep_about_the_same_share_each() -> None:
+    assert merging_rounds(576, 404) == (404,)
+    assert merging_rounds(576, 260) == (387, 260)
+    assert merging_rounds(576, 58) == (324, 183, 103, 58)
+    assert merging_rounds(5, 2) == (3, 2) and merging_rounds(3, 1) == (2, 1) and merging_rounds(7, 7) == ()
+
+
 @given(n=st.integers(4, 20), seed=seeds)
 def test_order_within_the_two_sets_does_not_matter(n, seed) -> None:
     """Patches may be permuted as long as each stays in its set: the same tokens come out of a round."""

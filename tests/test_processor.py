@@ -220,6 +220,12 @@ def test_padding_to_a_multiple(multiple: int, words: int) -> None:
     assert out["attention_mask"].sum(1).tolist() == [words + 1, 2]
 
 
+def test_padding_to_a_multiple_ends_at_the_longest_text() -> None:
+    processor = make_processor(max_text_length=13)
+    assert processor(text="bus " * 10, pad_to_multiple_of=8)["input_ids"].shape == (1, 13)
+    assert processor(text="bus " * 30, pad_to_multiple_of=8)["input_ids"].shape == (1, 13)
+
+
 def test_number_of_images_and_texts_may_differ() -> None:
     out = make_processor()(images=[photo(9, 9)], text=["a", "b", "c"])
     assert len(out["pixel_values"]) == 1 and len(out["input_ids"]) == 3

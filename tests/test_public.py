@@ -31,8 +31,13 @@ PROMISED = {
     "TripsForVisualReasoning",
     "TripsPipeline",
     "TripsProcessor",
+    "benchmark",
     "build_model_from_towers",
+    "import_checkpoint",
     "load",
+    "restore",
+    "accelerate",
+    "explain_last",
     "__version__",
 }
 

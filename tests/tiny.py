@@ -53,13 +53,20 @@ def tiny_bert_config(width: int = 32, num_layers: int = 2, **changes: object) ->
 
 
 def tiny_config(
-    family: str = "clip", *, width: int = 32, text_width: int = 32, num_layers: int = 4, **selection: object
+    family: str = "clip",
+    *,
+    width: int = 32,
+    text_width: int = 32,
+    num_layers: int = 4,
+    architecture: str = "dual",
+    **selection: object,
 ) -> TripsConfig:
     """A whole model; `selection` holds fields of `SelectionConfig`, by default half the patches at layers 2 and 3."""
     return TripsConfig(
         vision_config=tiny_vision_config(family, width, num_layers),
         text_config=tiny_bert_config(text_width),
         selection=SelectionConfig(**{"layers": (2, 3), "keep_rate": 0.5, **selection}),
+        architecture=architecture,
     )
 
 

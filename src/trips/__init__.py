@@ -20,8 +20,10 @@ from trips.errors import (
 )
 
 if TYPE_CHECKING:
+    from trips.acceleration import accelerate, explain_last, restore
+    from trips.bench.speed import benchmark
     from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig
-    from trips.importers import build_model_from_towers
+    from trips.importers import build_model_from_towers, import_checkpoint
     from trips.model import TripsModel
     from trips.pipeline import TripsPipeline, load
     from trips.processor import TripsProcessor
@@ -44,8 +46,13 @@ _LAZY = {
     "TripsModel": "trips.model",
     "TripsPipeline": "trips.pipeline",
     "TripsProcessor": "trips.processor",
+    "accelerate": "trips.acceleration",
+    "benchmark": "trips.bench.speed",
     "build_model_from_towers": "trips.importers",
+    "explain_last": "trips.acceleration",
+    "import_checkpoint": "trips.importers",
     "load": "trips.pipeline",
+    "restore": "trips.acceleration",
 }
 
 __all__ = [
@@ -68,8 +75,13 @@ __all__ = [
     "TripsProcessor",
     "UnsupportedModelError",
     "__version__",
+    "accelerate",
+    "benchmark",
     "build_model_from_towers",
+    "explain_last",
+    "import_checkpoint",
     "load",
+    "restore",
 ]
 
 

@@ -24,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from trips import cli_bench, cli_data, cli_models, cli_use
+from trips import cli_bench, cli_data, cli_models, cli_speed, cli_tables, cli_use
 from trips.errors import ConfigError, TripsError
 
 # A key of a recipe, or a section alone, which `load_recipe` then refuses by name.
@@ -126,12 +126,15 @@ VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     "explain": explain,
     **cli_models.VERBS,
     **cli_bench.VERBS,
+    **cli_speed.VERBS,
+    **cli_tables.VERBS,
     "data": cli_data,  # a module is a group of verbs
     "recipes": recipes,
     "quickstart": quickstart,
 }
-_GROUPS = (cli_use, cli_models, cli_bench)  # modules of verbs that say how their arguments and results look
-_POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR", "explain": "RUN_DIR"}
+# Modules of verbs that say how their arguments and results look.
+_GROUPS = (cli_use, cli_models, cli_bench, cli_speed, cli_tables)
+_POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR", "explain": "RUN_DIR", "table": "NUMBER"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], debug: bool) -> int:
     verb = next((argument for argument in arguments if not argument.startswith("-")), None)
     overrides: list[str] = []
-    if verb in ("train", "evaluate", "explain"):
+    if verb in _POSITIONAL:
         arguments, overrides = _split_overrides(arguments)
     parser = _parser(verb)
     if not arguments:
@@ -276,7 +279,7 @@ def _logging(debug: bool) -> Iterator[None]:
 def _show(verb: str, result: Any, as_json: bool) -> None:
     group = _group_of(verb)
     if (verb == "data" or group) and not as_json:
-        Console().print(group.render(verb, result) if group else cli_data.render(result))
+        _wide_console().print(group.render(verb, result) if group else cli_data.render(result))
         return
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         result = dataclasses.asdict(result)
@@ -297,10 +300,15 @@ def _show(verb: str, result: Any, as_json: bool) -> None:
         print(result)
 
 
+def _wide_console() -> Console:
+    """A console of at least 140 columns: a table broken over lines helps nobody."""
+    return Console(width=max(Console().width, 140))
+
+
 def _show_quickstart(results: Mapping[str, Any]) -> None:
     from trips.quickstart.report import results_table
 
-    console = Console(width=max(Console().width, 140))  # a table broken over lines helps nobody
+    console = _wide_console()
     console.print(results_table(results["rows"]))
     for line in results["findings"]:
         console.print(f"- {line}", highlight=False)

@@ -7,12 +7,14 @@ patches without [CLS], r a keep rate, k = ceil(r n) the number of tokens kept of
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import operator
+from typing import Any, TypeVar, get_args
 
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, PreTrainedConfig
 
 from trips.errors import ConfigError
 from trips.options import (
+    Architecture,
     Guide,
     Heads,
     Inattentive,
@@ -31,6 +33,7 @@ from trips.options import (
 )
 
 __all__ = [
+    "Architecture",
     "Guide",
     "Heads",
     "Inattentive",
@@ -48,6 +51,7 @@ __all__ = [
     "WidthMap",
     "bert_variant",
     "check_locations",
+    "check_single_stream",
     "merging_rounds",
     "num_kept",
     "selection_placement",
@@ -81,13 +85,15 @@ def merging_rounds(num_candidates: int, num_kept: int) -> tuple[int, ...]:
     Returns:
         falling counts that end in k; none if k = n.
     """
+    # torch.compile must not follow the counts as unknowns, which takes it minutes: one graph for each resolution.
+    num_candidates, num_kept = operator.index(num_candidates), operator.index(num_kept)
     left, rounds = num_candidates, 0
     while left > num_kept:
         left, rounds = left - left // 2, rounds + 1
     counts, left = [], num_candidates
     for remaining in range(rounds, 0, -1):
         even = round(left * (num_kept / left) ** (1 / remaining))
-        left = min(num_kept << (remaining - 1), max(left - left // 2, even))
+        left = max(left - left // 2, even)
         counts.append(left)
     return tuple(counts)
 
@@ -148,6 +154,25 @@ def check_locations(selection: SelectionConfig, num_layers: int) -> None:
         )
 
 
+def check_single_stream(selection: SelectionConfig, pretraining: PretrainingConfig | None = None) -> None:
+    """Raise `ConfigError` for what has no meaning where one stack reads words and patches (TRIPS-S)."""
+    guides = "text (the multimodal [CLS]) | random | similarity | none"
+    wrong = [("selection.guide", selection.guide, "image", "an image has no [CLS] of its own", guides)]
+    wrong.append(
+        ("selection.learning", selection.learning, "distill", "no fusion encoder teaches the guide", "literal | gate")
+    )
+    if pretraining is not None:
+        for name, value, reason, expected in (
+            ("itc_guide", "text", "the joint [CLS] has read the caption", "image | none"),
+            ("itm_guide", "reuse", "an image has no states without the text of its pair", "anew"),
+            ("mlm_guide", "full", "an image has no states without the text of its pair", "masked"),
+        ):
+            wrong.append((f"pretraining.{name}", getattr(pretraining, name), value, reason, expected))
+    for item, found, refused, reason, expected in wrong:
+        if found == refused:
+            raise ConfigError(f"{reason} in a single-stream model", item=item, found=found, expected=expected)
+
+
 def _as_config(value: Any, default: PreTrainedConfig, name: str) -> PreTrainedConfig:
     if value is None:
         return default
@@ -169,9 +194,11 @@ def _as_options(value: Any, kind: type[OptionsT]) -> OptionsT:
 
 
 class TripsConfig(PreTrainedConfig):
-    """Configuration of the dual-stream model (Figure 2a).
+    """Configuration of the dual-stream model (Figure 2a), or of TRIPS-S.
 
     Attributes:
+        architecture: "dual" is the model of Figure 2, "single" TRIPS-S: the vision tower is the joint stack, of
+            `text_config` only the embeddings are built and nothing of `fusion_encoder_config`.
         vision_config: CLIPVisionConfig, ViTConfig or Dinov2Config; default CLIP ViT-B/16 at 256 px.
         text_config: BertConfig of the text encoder; default the first 6 layers of BERT-base.
         fusion_encoder_config: BertConfig with cross-attention; default as the text encoder, 6 layers. (transformers
@@ -185,7 +212,7 @@ class TripsConfig(PreTrainedConfig):
 
     Raises:
         ConfigError: locations beyond the last layer; text and fusion widths differ; text width unlike vision width
-            while ``selection.width_map`` is "equal".
+            while ``selection.width_map`` is "equal" or in TRIPS-S; what `check_single_stream` refuses.
     """
 
     model_type = "trips"
@@ -204,6 +231,7 @@ class TripsConfig(PreTrainedConfig):
     pretraining: Any = None
     reasoning: Any = None
     initializer_range: float | None = None
+    architecture: Architecture = "dual"
 
     def __post_init__(self, **kwargs: Any) -> None:
         clip_base = CLIPVisionConfig(patch_size=16, image_size=256)
@@ -223,6 +251,7 @@ class TripsConfig(PreTrainedConfig):
             self.initializer_range = self.text_config.initializer_range
         check_locations(self.selection, self.vision_config.num_hidden_layers)
         self._check_widths()
+        self._check_architecture()
         super().__post_init__(**kwargs)
 
     def _check_families(self) -> None:
@@ -252,6 +281,32 @@ class TripsConfig(PreTrainedConfig):
                 found=text,
                 expected=vision,
                 hint='set selection.width_map="orthogonal" for a fixed map',
+            )
+
+    def _check_architecture(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ConfigError(
+                "unknown value",
+                item="architecture",
+                found=self.architecture,
+                expected=" | ".join(get_args(Architecture)),
+            )
+        if self.architecture == "dual":
+            return
+        check_single_stream(self.selection, self.pretraining)
+        if self.reasoning.fusion != "merge":
+            raise ConfigError(
+                "a single-stream model has no fusion encoder",
+                item="reasoning.fusion",
+                found=self.reasoning.fusion,
+                expected="the default, merge",
+            )
+        if (text := self.text_config.hidden_size) != self.vision_config.hidden_size:
+            raise ConfigError(
+                "words and patches of a single-stream model share one width",
+                item="text_config.hidden_size",
+                found=text,
+                expected=self.vision_config.hidden_size,
             )
 
     def to_dict(self) -> dict[str, Any]:

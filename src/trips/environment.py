@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trips.errors import ConfigError
+
 
 def describe_environment() -> dict[str, Any]:
     """Hardware, versions, commit and time of this process."""
@@ -25,6 +27,20 @@ def describe_environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that was asked for, else the GPU where there is one.
+
+    Raises:
+        ConfigError: no such device, or none in this machine.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, TypeError, AssertionError) as error:  # no such name, or not in this machine
+        raise ConfigError("no such device", item="device", found=device, expected='such as "cpu" or "cuda"') from error
+    return chosen
 
 
 def _version(name: str) -> str | None:

@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
 from trips.errors import ConfigError
+
+_ALIGNMENT = 8  # numbers; what torch's memory-efficient attention wants between the rows of a mask
 
 
 class FusionEncoder(nn.Module):
@@ -85,9 +88,16 @@ class FusionEncoder(nn.Module):
 
 
 def bidirectional_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L) ones and zeros -> (B, 1, L, L) additive mask: 0 where text may be read, else the minimum."""
-    closed = (1 - attention_mask.to(dtype))[:, None, None, :] * torch.finfo(dtype).min
-    return closed.expand(-1, 1, attention_mask.shape[1], -1)
+    """(B, L) ones and zeros -> (B, 1, L, L) additive mask: 0 where text may be read, else the minimum.
+
+    Its rows lie a multiple of 8 numbers apart, whatever L: fused attention on a GPU would otherwise lay the mask out
+    anew in every layer.
+    """
+    length, read = attention_mask.shape[1], attention_mask.to(dtype)
+    if length % _ALIGNMENT:
+        read = F.pad(read, (0, -length % _ALIGNMENT))
+    closed = ((1 - read) * torch.finfo(dtype).min)[:, None, None, :length]
+    return closed.expand(-1, 1, length, -1)
 
 
 @torch.no_grad()

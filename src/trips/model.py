@@ -64,6 +64,13 @@ class TripsModel(TripsPreTrainedModel):
 
     def __init__(self, config: TripsConfig) -> None:
         super().__init__(config)
+        if config.architecture != "dual":
+            raise ConfigError(
+                "not a dual-stream model",
+                item="architecture",
+                found=config.architecture,
+                hint="trips.single_stream.TripsSingleStreamModel",
+            )
         self.text = BertModel._from_config(config.text_config, add_pooling_layer=False)
         self.vision = VisionEncoder(config.vision_config, config.selection, config.text_config.hidden_size)
         self.fusion = self._build_fusion(config)
@@ -98,6 +105,16 @@ class TripsModel(TripsPreTrainedModel):
     def encode_prefix(self, pixel_values: Tensor, selection: SelectionConfig | None = None) -> VisionPrefix:
         """The text-free part of the vision pass, (I, 3, H, W); hand it to `forward` with as many texts as you like."""
         return self.vision.prefix(pixel_values, selection or self.config.selection)
+
+    def text_alone(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """States of a text that has met no image, for the contrastive feature: (B, L) -> (B, L, D)."""
+        return self.encode_text(input_ids, attention_mask)
+
+    def image_alone(
+        self, prefix: VisionPrefix, selection: SelectionConfig, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """States (I, E, D) of an image that has met no text, for the same; a guide of the selection must not be it."""
+        return self.vision.suffix(prefix, None, selection, generator=generator).last_hidden_state
 
     def forward(
         self,

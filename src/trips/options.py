@@ -22,6 +22,7 @@ Inattentive = Literal["fuse", "renormalise", "drop"]
 Learning = Literal["literal", "gate", "distill"]
 WidthMap = Literal["equal", "orthogonal"]
 Architecture = Literal["dual", "single"]
+FlopTask = Literal["pair", "vqa", "retrieval", "nlvr2", "pretraining"]  # what `trips flops` counts
 ItcGuide = Literal["image", "none", "text"]
 ItmGuide = Literal["anew", "reuse"]
 MlmGuide = Literal["masked", "full"]

@@ -109,7 +109,7 @@ class TripsProcessor(ProcessorMixin):
             images: what `load_image` reads, or a list of it; one picture is a batch of one.
             text: one text or a list; one text is a batch of one unless several images are given.
             return_tensors: only "pt".
-            pad_to_multiple_of: pad L up to a multiple, for hardware that prefers it.
+            pad_to_multiple_of: pad L up to a multiple, for hardware that prefers it; never beyond `max_text_length`.
         Returns:
             `pixel_values` (B, 3, H, W) float32; `input_ids` and `attention_mask` (B, L) int64, padded to the longest.
         Raises:
@@ -239,7 +239,7 @@ class TripsProcessor(ProcessorMixin):
     def _pad(self, rows: list[list[int]], multiple: int | None) -> dict[str, Tensor]:
         length = max(len(row) for row in rows)
         if multiple is not None:
-            length += -length % positive_int(multiple, "pad_to_multiple_of")
+            length = min(length + -length % positive_int(multiple, "pad_to_multiple_of"), self.max_text_length)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         for i, row in enumerate(rows):

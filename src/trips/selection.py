@@ -180,8 +180,8 @@ def select_patches(
         return states, candidates, Selection(layer, a_cls.detach(), logits, candidates, everything, candidates)
     kept = top_patches(logits.detach(), num_kept)  # (B, k)
     positions = candidates.gather(1, kept)
-    cls, patches = states[:, :1], states[:, 1:]
-    kept_patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))  # (B, k, D)
+    cls, patches = states.split([1, n], dim=1)
+    kept_patches = _take_patches(states, kept)  # (B, k, D)
     record = Selection(layer, a_cls.detach(), logits, candidates, kept, positions)
     if inattentive == "drop":
         return torch.cat([cls, kept_patches], dim=1), positions, record
@@ -196,3 +196,13 @@ def semi_orthogonal(rows: int, columns: int, seed: int = 0) -> Tensor:
     basis = torch.linalg.qr(noise).Q
     # Contiguous, as it will be after saving and loading: products then round alike and reloading is bitwise.
     return (basis if rows >= columns else basis.T).contiguous()
+
+
+def _take_patches(states: Tensor, index: Tensor) -> Tensor:
+    """(B, 1 + n, D) tokens, (B, k) candidates -> (B, k, D).
+
+    Whole rows of one matrix: forward and backward take half the time of a gather, which looks up every number.
+    """
+    batch, tokens, width = states.shape
+    starts = torch.arange(1, batch * tokens, tokens, device=states.device).unsqueeze(1)  # first patch of each row
+    return states.flatten(0, 1).index_select(0, (index + starts).flatten()).view(batch, -1, width)

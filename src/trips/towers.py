@@ -12,9 +12,17 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, Dinov2Model, PreTrainedConfig, PreTrainedModel, ViTModel
+from transformers import (
+    CLIPVisionModel,
+    Dinov2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+    ViTModel,
+)
 
 from trips.errors import UnsupportedModelError
 
@@ -35,7 +43,10 @@ class Family:
     after_attention: tuple[str, ...]  # modules applied to the attention output before the residual sum
     ffn: tuple[str, ...]  # modules from normalised state to the FFN branch's output
     interpolation_flag: bool  # whether the embeddings want interpolate_pos_encoding=True
+    cls: str | None  # [CLS] in the embeddings, and the table whose first row is its position
+    positions: str
     model_kwargs: tuple[tuple[str, object], ...] = ()
+    num_class_tokens: int = 1  # tokens before the patches
 
 
 FAMILIES: dict[str, Family] = {
@@ -52,6 +63,8 @@ FAMILIES: dict[str, Family] = {
         after_attention=(),
         ffn=("mlp",),
         interpolation_flag=True,
+        cls="class_embedding",
+        positions="position_embedding.weight",
     ),
     "vit": Family(
         model_class=ViTModel,
@@ -66,6 +79,8 @@ FAMILIES: dict[str, Family] = {
         after_attention=("dropout",),
         ffn=("mlp", "dropout"),
         interpolation_flag=True,
+        cls="cls_token",
+        positions="position_embeddings",
         model_kwargs=(("add_pooling_layer", False),),
     ),
     "dinov2": Family(
@@ -81,6 +96,25 @@ FAMILIES: dict[str, Family] = {
         after_attention=("layer_scale1", "drop_path"),
         ffn=("mlp", "layer_scale2", "drop_path"),
         interpolation_flag=False,
+        cls="cls_token",
+        positions="position_embeddings",
+    ),
+    "siglip_vision_model": Family(
+        model_class=SiglipVisionModel,
+        layers=("encoder.layers",),
+        pre_norm=None,
+        final_norm="post_layernorm",
+        attention="self_attn",
+        query=("self_attn.q_proj",),
+        key=("self_attn.k_proj",),
+        attention_norm="layer_norm1",
+        ffn_norm="layer_norm2",
+        after_attention=(),
+        ffn=("mlp",),
+        interpolation_flag=True,
+        cls=None,
+        positions="position_embedding.weight",
+        num_class_tokens=0,
     ),
 }
 
@@ -109,16 +143,39 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower with random weights from its configuration; its attention is the configured one, fused by default."""
+    """A tower with random weights from its configuration; its attention is the configured one, fused by default.
+
+    Raises:
+        UnsupportedModelError: another family, or one without [CLS], which contrast and the image's own guide ask for.
+            (A mean of the patches in its place would be a token that the tower's attention has never seen.)
+    """
     family = family_of(config)
+    if not family.num_class_tokens:
+        raise UnsupportedModelError(
+            "this tower has no [CLS]",
+            item="vision_config.model_type",
+            found=config.model_type,
+            hint="trips.accelerate takes a transformers model with such a tower as it is",
+        )
     return family.model_class._from_config(config, **dict(family.model_kwargs))
 
 
 @lru_cache
-def _mask_argument(module_class: type[nn.Module]) -> dict[str, None]:
-    # Some releases want the (absent) mask spelt out, others do not take one.
-    takes_mask = "attention_mask" in inspect.signature(module_class.forward).parameters
-    return {"attention_mask": None} if takes_mask else {}
+def _takes_mask(module_class: type[nn.Module]) -> bool:
+    return "attention_mask" in inspect.signature(module_class.forward).parameters
+
+
+def _mask_argument(module: nn.Module, mask: Tensor | None) -> dict[str, Tensor | None]:
+    # Some releases want an absent mask spelt out, others do not take one.
+    if _takes_mask(type(module)):
+        return {"attention_mask": mask}
+    if mask is not None:
+        raise UnsupportedModelError(
+            "takes no mask in this release of transformers, so texts cannot be padded in it",
+            item=type(module).__name__,
+            hint="a ViT or CLIP tower, or a newer transformers",
+        )
+    return {}
 
 
 class TowerReader:
@@ -139,31 +196,40 @@ class TowerReader:
         states = self.tower.embeddings(pixel_values, **kwargs)
         return getattr(self.tower, self.family.pre_norm)(states) if self.family.pre_norm else states
 
-    def layer(self, index: int, states: Tensor) -> Tensor:
-        """A whole layer (0-based index), called as the module it is."""
+    def cls(self) -> Tensor:
+        """(1, 1, D) [CLS] as `embed` puts it before the patches, but for any dropout."""
+        token, positions = (
+            attrgetter(name)(self.tower.embeddings) for name in (self.family.cls, self.family.positions)
+        )
+        width = token.shape[-1]
+        states = token.view(1, 1, width) + positions.view(1, -1, width)[:, :1]
+        return getattr(self.tower, self.family.pre_norm)(states) if self.family.pre_norm else states
+
+    def layer(self, index: int, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """A whole layer (0-based index), called as the module it is; mask: added to the attention's scores."""
         layer = self.layers[index]
-        out = layer(states, **_mask_argument(type(layer)))
+        out = layer(states, **_mask_argument(layer, mask))
         return out[0] if isinstance(out, tuple) else out
 
-    def attend(self, index: int, states: Tensor) -> Tensor:
-        """x' = x + SA(LN1 x), the pre-norm form of Eq. 1."""
-        return self._half(self._attend, index, states)
+    def attend(self, index: int, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x' = x + SA(LN1 x), the pre-norm form of Eq. 1; mask: as in `layer`."""
+        return self._half(self._attend, index, states, mask)
 
     def feed_forward(self, index: int, states: Tensor) -> Tensor:
         """y = x' + FFN(LN2 x')."""
         return self._half(self._feed_forward, index, states)
 
-    def _half(self, half: Callable[[int, Tensor], Tensor], index: int, states: Tensor) -> Tensor:
+    def _half(self, half: Callable[..., Tensor], index: int, *inputs: Tensor | None) -> Tensor:
         """A half of a layer, recomputed in the backward pass if transformers would recompute the whole layer."""
         layer = self.layers[index]
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            return layer._gradient_checkpointing_func(half, index, states)
-        return half(index, states)
+            return layer._gradient_checkpointing_func(half, index, *inputs)
+        return half(index, *inputs)
 
-    def _attend(self, index: int, states: Tensor) -> Tensor:
+    def _attend(self, index: int, states: Tensor, mask: Tensor | None) -> Tensor:
         layer = self.layers[index]
         attention = getattr(layer, self.family.attention)
-        out = attention(getattr(layer, self.family.attention_norm)(states), **_mask_argument(type(attention)))
+        out = attention(getattr(layer, self.family.attention_norm)(states), **_mask_argument(attention, mask))
         branch = out[0] if isinstance(out, tuple) else out
         for name in self.family.after_attention:
             branch = getattr(layer, name)(branch)

@@ -214,7 +214,7 @@ class VisionEncoder(nn.Module):
                 )
                 records.append(record)
                 if selection.learning == "gate" and selection.can_learn and k < n:
-                    gates = self._follow(gates, record, positions.shape[1], selection.gate_temperature)
+                    gates = self.follow(gates, record, positions.shape[1], selection.gate_temperature)
             states = reader.feed_forward(index, states)
         if output_hidden_states:
             history.append(states)
@@ -224,7 +224,7 @@ class VisionEncoder(nn.Module):
         return VisionOutput(states, tuple(records), positions, prefix.grid, tuple(history))
 
     @staticmethod
-    def _follow(gates: Tensor | None, record: Selection, num_tokens: int, temperature: float) -> Tensor:
+    def follow(gates: Tensor | None, record: Selection, num_tokens: int, temperature: float) -> Tensor:
         """(B, n') the straight-through gate of every token behind a location, times those of earlier locations.
 
         The gate follows its token to the end of the tower and acts there: inside, the next norm would take a change

@@ -13,10 +13,9 @@ import torch
 from pair_shards import jpeg, write_corpus, write_tar
 from pretraining_reference import GUIDES, options_of
 from tiny import pair_batch, tiny_pretraining_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, CLIPVisionConfig, Dinov2Config, ViTConfig
 
+from trips.bench.counter import counted_flops
 from trips.bench.flops import PretrainingFlopCount, count_flops, count_pretraining_flops, count_reasoning_flops
 from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig, bert_variant
 from trips.model import TripsModel
@@ -44,12 +43,9 @@ SELECTIONS = (
 )
 
 
-def counted(function, *args, **kwargs) -> int:
+def counted(function, *args, **kwargs) -> float:
     """Operations that torch counts while a function runs."""
-    # The counter knows matrix products, not fused attention on a CPU: let attention decompose into them here.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function(*args, **kwargs)
-    return counter.get_total_flops()
+    return 1e9 * counted_flops(function, *args, **kwargs)
 
 
 def wide_model(family: str = "clip", text_width: int = 48) -> TripsModel:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from pair_shards import WORDS
 from retrieval_records import NUM_PATCHES, retrieval_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from trips.bench.counter import counted_flops
 from trips.bench.retrieval_flops import count_reranking_flops
 from trips.config import SelectionConfig, TripsConfig
 from trips.tasks.reranking import Reranker, TextTable
@@ -31,12 +30,10 @@ def test_closed_form_equals_the_counter(setting, guide) -> None:
     model = retrieval_model(**setting)
     texts = TextTable.of(torch.randint(5, len(WORDS), (3, 5)).tolist())
     reranker = Reranker(model, texts, lambda numbers: torch.randn(len(numbers), 3, 8, 8), NUM_PATCHES, guide=guide)
-    # The counter knows no fused attention on a CPU: let it decompose into products here.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        reranker.score(torch.arange(2).repeat_interleave(3), torch.arange(3).repeat(2))
+    found = counted_flops(reranker.score, torch.arange(2).repeat_interleave(3), torch.arange(3).repeat(2))
     count = count_reranking_flops(model.config, (4, 4), 5, guide=guide)
     total = 2 * count.image + 3 * count.text + 6 * count.pair
-    assert total * 1e9 == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert total == pytest.approx(found, rel=1e-9)
 
 
 def test_price_of_a_pair_at_the_size_of_the_paper() -> None:

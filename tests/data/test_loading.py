@@ -143,10 +143,12 @@ def test_indices_tie_every_answer_to_its_question_and_image(plan: list[list[list
     check_answer_tokens(batch)
 
 
-def test_pad_to_multiple_of() -> None:
+@pytest.mark.parametrize(("multiple", "length"), [(8, 16), (None, 10)])
+def test_questions_fill_a_multiple_and_answers_do_not(multiple: int | None, length: int) -> None:
     dataset = VqaDataset([record("a", ask("q", "what " * 9))], make_processor())
-    batch = VqaCollator(dataset.processor, pad_to_multiple_of=8)([dataset[0]])
-    assert batch["input_ids"].shape == (1, 16) and batch["answer_ids"].shape == (1, 8)
+    collator = VqaCollator(dataset.processor, multiple) if multiple is None else VqaCollator(dataset.processor)
+    batch = collator([dataset[0]])
+    assert batch["input_ids"].shape == (1, length) and batch["answer_ids"].shape == (1, 3)
     assert batch["answer_tokens"].tolist() == [0, 1]
     check_answer_tokens(batch)
 
@@ -297,7 +299,7 @@ def test_weights_and_unanswered_questions() -> None:
     assert batch["answer_weights"].tolist() == [1.0, 0.375, 0.125]
     alone = collate([record("b", unanswered)])
     assert (
-        alone["input_ids"].shape == (1, 4) and alone["answer_ids"].shape == (0, 0) and not len(alone["answer_tokens"])
+        alone["input_ids"].shape == (1, 8) and alone["answer_ids"].shape == (0, 0) and not len(alone["answer_tokens"])
     )
 
 

@@ -64,8 +64,8 @@ def test_a_batch_holds_what_the_records_say(tmp_path: Path) -> None:
     batch = StatementCollator(PROCESSOR, 2)(items)
     assert batch["identifiers"] == ["s1", "s8"] and batch["sources"] == ["made:s1", "made:s8"]
     assert batch["labels"].tolist() == [0, 1] and batch["pixel_values"].shape == (2, 2, 3, SIZE, SIZE)
-    texts = PROCESSOR(text=["a photo of number w1", "a dog"])
-    assert torch.equal(batch["input_ids"], texts["input_ids"])
+    texts = PROCESSOR(text=["a photo of number w1", "a dog"], pad_to_multiple_of=8)
+    assert texts["input_ids"].shape == (2, 8) and torch.equal(batch["input_ids"], texts["input_ids"])
     assert torch.equal(batch["attention_mask"], texts["attention_mask"])
     flat = PROCESSOR([tmp_path / "a.png"])["pixel_values"][0]
     assert torch.equal(batch["pixel_values"][0, 0], flat) and torch.equal(batch["pixel_values"][1, 1], flat)

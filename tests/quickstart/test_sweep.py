@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from trips.config import SelectionConfig
 from trips.errors import ConfigError
 from trips.paper.settings import Setting
+from trips.quickstart import stages
 from trips.quickstart.plan import QuickstartPlan
 from trips.quickstart.sweep import SceneAccuracy
 
@@ -49,3 +52,20 @@ def test_measuring_needs_one_warm_up_and_repeats_itself(tmp_path):
     smaller = source.measure(Setting("small", SelectionConfig(guide="none"), scale=0.5), 1)
     assert "recall" not in smaller and smaller["flops_g"] < first["flops_g"]
     assert sorted(tmp_path.rglob("*.safetensors")) == kept
+
+
+def test_trips_s_has_a_warm_up_of_its_own(tmp_path):
+    source = SceneAccuracy(tmp_path, QuickstartPlan.of("smoke"))
+    setting = Setting("TRIPS-S", SelectionConfig(keep_rate=0.5), architecture="single")
+    assert source.selection(setting).layers == (4, 7)  # of 6 + 2 layers
+    figures = source.measure(setting, 1)
+    assert 0 <= figures["accuracy"] <= 100 and "recall" in figures
+    assert [folder.name.rsplit("_", 1)[0] for folder in tmp_path.iterdir()] == ["single_seed_1"]
+
+
+def test_a_signal_leaves_no_half_trained_figure(tmp_path, monkeypatch):
+    interrupted = dataclasses.make_dataclass("Report", ["interrupted"])(True)
+    monkeypatch.setattr(stages, "_train", lambda *arguments, **options: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SceneAccuracy(tmp_path, QuickstartPlan.of("smoke")).measure(Setting("row", SelectionConfig()), 1)
+    assert not list(tmp_path.iterdir())

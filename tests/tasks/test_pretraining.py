@@ -9,7 +9,7 @@ from tiny import pair_batch, texts, tiny_pretraining_model
 
 from trips.errors import ConfigError, DataError, ShapeError
 from trips.losses import check_negatives
-from trips.tasks import contrast, retrieval
+from trips.tasks import contrast, joint
 
 
 def assert_losses(found, expected: dict) -> None:
@@ -130,8 +130,8 @@ def test_negatives_are_of_another_image_and_caption_and_hard(negatives, monkeypa
     model, batch = tiny_pretraining_model({"negatives": negatives}), pair_batch(4)
     batch["caption_ids"][3] = batch["caption_ids"][0]
     drawn, told = [], []
-    fuse, draw = retrieval.fuse_pairs, contrast.sample_hard_negatives
-    monkeypatch.setattr(retrieval, "fuse_pairs", lambda *args: drawn.append(args[7]) or fuse(*args))
+    fuse, draw = joint.fuse_pairs, contrast.sample_hard_negatives
+    monkeypatch.setattr(joint, "fuse_pairs", lambda *args: drawn.append(args[7]) or fuse(*args))
     monkeypatch.setattr(contrast, "sample_hard_negatives", lambda *args: told.append(args[0]) or draw(*args))
     for _ in range(20):
         model(**batch)

@@ -110,3 +110,10 @@ def test_heads_have_a_rate_of_their_own_where_one_is_given() -> None:
     assert learning_rates(list(groups.values())) == {"lr": 1e-3, "head_lr": 1e-2}
     with pytest.raises(ConfigError, match="head_lr"):
         parameter_groups(model, 1e-3, 1e-4, 0.05, -1.0)
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("meta", False)])
+def test_all_parameters_of_a_group_are_updated_at_once(device: str, fused: bool) -> None:
+    """In one fused kernel where the device has one, else by operations over lists, never one by one."""
+    optimizer = build_adamw(parameter_groups(Toy().to(device), 1e-3, 1e-4, 0.05))
+    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (fused, not fused)

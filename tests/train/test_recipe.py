@@ -68,7 +68,7 @@ def test_values_of_the_file_and_overrides() -> None:
         (["--data.cache_images=maybe"], ["data.cache_images", "true or false"]),
         (["--model.selection.layers=5"], ["model.selection.layers", "a list of whole numbers"]),
         (["--model.selection.keep_rate=1.5"], ["override: model.selection.keep_rate", "1.5", "0 < r <= 1"]),
-        (["--model.selection.guide=txt"], ["model.selection.guide", "text | image | random | none"]),
+        (["--model.selection.guide=txt"], ["model.selection.guide", "text | image | random | similarity | none"]),
         (["--optim=1"], ["optim", "is a section", "optim.KEY"]),
         (["--optim.lr"], ["--optim.lr", "--section.key=value"]),
         ("--optim.lr=1", ["overrides", "not a list"]),
@@ -162,6 +162,18 @@ def test_keys_of_pre_training_are_refused_elsewhere(key: str, value: object) -> 
     with pytest.raises(ConfigError, match=f"{key.removesuffix('.alpha')}.*task vqa has no use"):
         load_recipe("debug/vqa_tiny", {key: value, "data.train": ["a.tar"]})
     load_recipe("debug/pretrain_tiny", {key: value, "data.train": ["a.tar"]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model.num_text_layers", 2), ("model.num_fusion_layers", 2), ("optim.vision_lr", 0), ("run.cache_prefix_gb", 1.0),
+     ("model.selection.guide", "image"), ("model.selection.learning", "distill")],
+)  # fmt: skip
+def test_what_a_single_stream_model_lacks_is_refused(key: str, value: object) -> None:
+    assert load_recipe("debug/vqa_single_tiny").model.architecture == "single"
+    with pytest.raises(ConfigError, match=f"{key.removeprefix('model.')}.*single-stream|single-stream.*{key}"):
+        load_recipe("debug/vqa_single_tiny", {key: value})
+    load_recipe("debug/vqa_tiny", {key: value})
 
 
 @pytest.mark.parametrize(("key", "value"), [("data.cache_images", True), ("model.num_decoder_layers", 2)])

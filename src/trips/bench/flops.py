@@ -12,7 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trips.config import PretrainingConfig, SelectionConfig, TripsConfig, num_kept, token_counts
+from trips.bench.products import (
+    attention_map_products,
+    fusion_products,
+    joint_products,
+    patch_products,
+    settled,
+    text_products,
+    vision_pass,
+    word_head_products,
+)
+from trips.config import PretrainingConfig, SelectionConfig, TripsConfig, check_single_stream
+from trips.errors import ConfigError
 from trips.tasks.passes import VisionPlan
 
 _MASKED_SHARE = 0.15  # of the tokens behind [CLS], as the collator of pairs masks them
@@ -25,7 +36,7 @@ class FlopCount:
     Attributes:
         vision: patch embedding, vision layers, and the guide's score and fusion.
         text: text encoder.
-        fusion: fusion encoder.
+        fusion: fusion encoder. In TRIPS-S the whole stack, and then patch embedding alone is left for vision.
     """
 
     vision: float
@@ -46,7 +57,8 @@ class PretrainingFlopCount:
         vision_prefix: patch embedding and layers before the first selection, once per image.
         vision_suffix: all passes through the other layers, the guide's score and fusion in them.
         text: text encoder on the caption and on the masked caption.
-        fusion: fusion encoder on the pair, its two negatives and the masked caption.
+        fusion: fusion encoder on the pair, its two negatives and the masked caption. In TRIPS-S the joint passes of
+            these four; the stack over image and caption alone is then the suffix and the text.
         heads: projections, similarities to the candidates and among the batch, ITM and MLM heads.
         teacher: what has no gradient: the momentum teacher with its similarities, and in a distillation step the
             attention maps that teach the guide.
@@ -83,7 +95,7 @@ def count_flops(
     texts_per_image: float = 1,
     observe: bool = False,
 ) -> FlopCount:
-    """Exact operations of one pair through `TripsModel`.
+    """Exact operations of one pair through `TripsModel` or `TripsSingleStreamModel`.
 
     Args:
         config: the model's.
@@ -94,17 +106,41 @@ def count_flops(
         observe: a full-patch step, which scores at every location, removes nothing, and asks the fusion encoder for
             its attention.
     Raises:
-        ConfigError: a location beyond the last layer.
+        ConfigError: a location beyond the last layer; a full-patch step of TRIPS-S, or where similarity merges.
     """
     selection = selection or config.selection
-    if not observe and selection.active and min(selection.rates) == 1:
-        selection = selection.replace(guide="none")  # as the model does: the whole tower, once per image
-    seen = _vision_pass(config, grid, selection, observe)
-    fusion = _fusion_products(config, text_length, seen.tokens)
+    if config.architecture == "single":
+        embedding, stack = _joint_pass(config, grid, text_length, selection, observe)
+        return FlopCount(2 * embedding / texts_per_image / 1e9, 0.0, 2 * stack / 1e9)
+    if not observe:
+        selection = settled(selection)
+    seen = vision_pass(config, grid, selection, observe)
+    fusion = fusion_products(config, text_length, seen.tokens)
     if observe:
-        fusion += _attention_map_products(config, text_length, seen.tokens)
-    products = (seen.prefix / texts_per_image + seen.suffix, _text_products(config, text_length), fusion)
+        fusion += attention_map_products(config, text_length, seen.tokens)
+    products = (seen.prefix / texts_per_image + seen.suffix, text_products(config, text_length), fusion)
     return FlopCount(*(2 * value / 1e9 for value in products))
+
+
+def exact_ratio(
+    config: TripsConfig,
+    grid: tuple[int, int],
+    text_length: int,
+    subject: SelectionConfig | None = None,
+    baseline: SelectionConfig | None = None,
+) -> float:
+    """How many times the operations of a pair under one setting those under another are: the speed-up to hope for.
+
+    Args:
+        config, grid, text_length: see `count_flops`.
+        subject: setting, else the model's.
+        baseline: what it is compared with, else no selection.
+    Raises:
+        ConfigError: a location beyond the last layer.
+    """
+    baseline = baseline or SelectionConfig(guide="none")
+    before, after = (count_flops(config, grid, text_length, setting).total for setting in (baseline, subject))
+    return before / after
 
 
 def count_pretraining_flops(
@@ -136,21 +172,29 @@ def count_pretraining_flops(
     """
     selection, options = selection or config.selection, pretraining or config.pretraining
     plan = VisionPlan.of(selection, options, distill, mlm)
-    pairs = _vision_pass(config, grid, plan.pairs, distill)
-    first = pairs if plan.contrast is None else _vision_pass(config, grid, plan.contrast)
-    again = (plan.contrast is not None) + 2 * plan.anew + plan.masked
-
     width, feature = config.text_config.hidden_size, options.projection_dim
     masked = max(1.0, _MASKED_SHARE * (text_length - 1)) if masked_tokens is None else masked_tokens
-    text, fusion = _text_products(config, text_length), _fusion_products(config, text_length, pairs.tokens)
     projections = (config.vision_config.hidden_size + width) * feature
-    mlm_head = mlm * masked * width * (width + config.text_config.vocab_size)
+    mlm_head = mlm * word_head_products(config.text_config, masked)
     similarities = 2 * (batch_size + options.queue_size) * feature
-    negatives = 2 * batch_size * feature
+    heads = projections + similarities + 2 * batch_size * feature + 3 * 2 * width + mlm_head
+    soft = options.alpha > 0
 
-    teacher, soft = 0.0, options.alpha > 0
+    if config.architecture == "single":
+        embedding, pair = _joint_pass(config, grid, text_length, plan.pairs, distill)
+        image = joint_products(config, grid[0] * grid[1], 1, plan.contrast or plan.pairs)
+        text = joint_products(config, 0, text_length, SelectionConfig(guide="none"))
+        teacher = embedding + image + text + projections + soft * similarities + (soft and mlm) * (pair + mlm_head)
+        products = (embedding, image, text, (3 + mlm) * pair, heads, options.has_teacher * teacher)
+        return PretrainingFlopCount(*(2 * value / 1e9 for value in products))
+
+    pairs = vision_pass(config, grid, plan.pairs, distill)
+    first = pairs if plan.contrast is None else vision_pass(config, grid, plan.contrast)
+    again = (plan.contrast is not None) + 2 * plan.anew + plan.masked
+    text, fusion = text_products(config, text_length), fusion_products(config, text_length, pairs.tokens)
+    teacher = 0.0
     if options.has_teacher:
-        taught = _vision_pass(config, grid, plan.unobserved())
+        taught = vision_pass(config, grid, plan.unobserved())
         teacher += taught.prefix + (taught if plan.contrast is None else first).suffix + text + projections
         if soft:
             teacher += similarities
@@ -159,13 +203,13 @@ def count_pretraining_flops(
             if plan.contrast is not None or plan.masked:
                 teacher += taught.suffix
     if distill:
-        teacher += _attention_map_products(config, text_length, pairs.tokens)
+        teacher += attention_map_products(config, text_length, pairs.tokens)
     products = (
         pairs.prefix,
         first.suffix + again * pairs.suffix,
         (1 + mlm) * text,
         (3 + mlm) * fusion,
-        projections + similarities + negatives + 3 * 2 * width + mlm_head,
+        heads,
         teacher,
     )
     return PretrainingFlopCount(*(2 * value / 1e9 for value in products))
@@ -193,107 +237,32 @@ def count_reasoning_flops(
         ConfigError: a location beyond the last layer.
     """
     selection, options = selection or config.selection, config.reasoning
-    if not distill and selection.active and min(selection.rates) == 1:
-        selection = selection.replace(guide="none")
-    seen, images, stacked = (
-        _vision_pass(config, grid, selection, distill),
-        options.num_images,
-        options.fusion == "stacked",
-    )
-    blocks = images if stacked else 1  # of self-attention and FFN in each layer
-    fusion = _fusion_products(config, text_length, seen.tokens, images, blocks)
-    if distill:
-        fusion += _attention_map_products(config, text_length, seen.tokens, images, blocks, keys=not stacked)
     width = config.text_config.hidden_size
+    if config.architecture == "single":
+        embedding, stack = _joint_pass(config, grid, text_length, selection, distill)
+        head = options.num_images * width**2 + width * options.num_classes
+        products = (options.num_images * embedding, 0, options.num_images * stack + head)
+        return FlopCount(*(2 * value / 1e9 for value in products))
+    if not distill:
+        selection = settled(selection)
+    seen = vision_pass(config, grid, selection, distill)
+    images, stacked = options.num_images, options.fusion == "stacked"
+    blocks = images if stacked else 1  # of self-attention and FFN in each layer
+    fusion = fusion_products(config, text_length, seen.tokens, images, blocks)
+    if distill:
+        fusion += attention_map_products(config, text_length, seen.tokens, images, blocks, keys=not stacked)
     fusion += width**2 + width * options.num_classes
-    products = (images * (seen.prefix + seen.suffix), _text_products(config, text_length), fusion)
+    products = (images * (seen.prefix + seen.suffix), text_products(config, text_length), fusion)
     return FlopCount(*(2 * value / 1e9 for value in products))
 
 
-@dataclass(frozen=True)
-class _VisionPass:
-    """Multiply-adds of `VisionEncoder.prefix` and `VisionEncoder.suffix`, and e, the tokens that come out."""
-
-    prefix: int
-    suffix: int
-    tokens: int
-
-
-def _vision_pass(
-    config: TripsConfig, grid: tuple[int, int], selection: SelectionConfig, observe: bool = False
-) -> _VisionPass:
-    vision, num_patches = config.vision_config, grid[0] * grid[1]
-    width, inner = vision.hidden_size, _inner_width(vision)
-    kept = selection.replace(keep_rate=1.0) if observe else selection
-    counts = token_counts(num_patches, vision.num_hidden_layers, kept)
-    rates = dict(zip(kept.layers, kept.rates, strict=True)) if kept.active else {}
-    first = min(rates, default=len(counts) + 1)
-    prefix, suffix = num_patches * width * vision.num_channels * vision.patch_size**2, 0
-    for layer, (before, after) in enumerate(counts, start=1):
-        attention, ffn = 4 * before * width**2 + 2 * before**2 * width, 2 * after * width * inner
-        if layer < first:
-            prefix += attention + ffn
-        elif layer == first:
-            prefix, suffix = prefix + attention, suffix + ffn
-        else:
-            suffix += attention + ffn
-        if layer in rates:
-            removes = num_kept(before - 1, rates[layer]) < before - 1
-            if removes or observe:
-                suffix += _score_products(config, before - 1, selection)
-            if removes and selection.inattentive != "drop":
-                suffix += (before - 1) * width
-    return _VisionPass(prefix, suffix, counts[-1][1])
-
-
-def _score_products(config: TripsConfig, candidates: int, selection: SelectionConfig) -> int:
-    """Multiply-adds of the guide at one location: query, keys if any, the scores."""
-    if selection.guide == "random":
-        return 0
-    width = config.vision_config.hidden_size
-    products = width**2 + candidates * width
-    if selection.score == "keys":
-        products += candidates * width**2
-    if selection.guide == "text" and config.text_config.hidden_size != width:
-        products += config.text_config.hidden_size * width
-    return products
-
-
-def _text_products(config: TripsConfig, length: int) -> int:
-    """Multiply-adds of the text encoder."""
-    text = config.text_config
-    per_layer = 4 * length * text.hidden_size**2 + 2 * length**2 * text.hidden_size
-    return text.num_hidden_layers * (per_layer + 2 * length * text.hidden_size * text.intermediate_size)
-
-
-def _fusion_products(config: TripsConfig, length: int, tokens: int, images: int = 1, blocks: int = 1) -> int:
-    """Multiply-adds of the fusion encoder, with a cross-attention for each image in every layer."""
-    fusion, image_width = config.fusion_encoder_config, config.vision_config.hidden_size
-    width = fusion.hidden_size
-    own = 4 * length * width**2 + 2 * length**2 * width + 2 * length * width * fusion.intermediate_size
-    cross = 2 * length * width**2 + 2 * tokens * width**2 + 2 * length * tokens * width
-    mapped = tokens * image_width * width if image_width != width else 0
-    return fusion.num_hidden_layers * (blocks * own + images * cross) + images * mapped
-
-
-def _attention_map_products(
-    config: TripsConfig, length: int, tokens: int, images: int = 1, blocks: int = 1, *, keys: bool = True
-) -> int:
-    """Multiply-adds of the fusion's attention maps, which are computed beside its layers, and of their mean.
-
-    Stacked blocks have their keys already.
-    """
-    width = config.fusion_encoder_config.hidden_size
-    own = 4 * length * width**2 + 2 * length**2 * width
-    cross = length * width**2 + keys * tokens * width**2 + length * tokens * width
-    return config.fusion_encoder_config.num_hidden_layers * (blocks * own + images * cross) + images * length * tokens
-
-
-def _inner_width(vision: object) -> int:
-    """F of a vision configuration; DINOv2 gives a ratio instead, and two thirds of it with a gated FFN."""
-    if (inner := getattr(vision, "intermediate_size", None)) is not None:
-        return inner
-    inner = int(vision.hidden_size * vision.mlp_ratio)
-    if getattr(vision, "use_swiglu_ffn", False):
-        return (int(inner * 2 / 3) + 7) // 8 * 8 * 3 // 2  # three products of the gated width
-    return inner
+def _joint_pass(
+    config: TripsConfig, grid: tuple[int, int], text_length: int, selection: SelectionConfig, observe: bool
+) -> tuple[int, int]:
+    """Multiply-adds of patch embedding and stack of TRIPS-S; `ConfigError` for what it cannot do."""
+    check_single_stream(selection)
+    if observe:
+        raise ConfigError("a single-stream model has no fusion encoder that could teach the guide", item="observe")
+    num_patches = grid[0] * grid[1]
+    embedding = patch_products(config.vision_config, num_patches)
+    return embedding, joint_products(config, num_patches, text_length, selection)

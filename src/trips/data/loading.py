@@ -160,10 +160,11 @@ class VqaCollator:
 
     Args:
         processor: encodes and pads the texts.
-        pad_to_multiple_of: pad L and La up to a multiple.
+        pad_to_multiple_of: pad L up to a multiple, for few shapes and the GPU's sake; None pads to the longest, as
+            answers always are: a decoder would read what is added.
     """
 
-    def __init__(self, processor: TripsProcessor, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(self, processor: TripsProcessor, pad_to_multiple_of: int | None = 8) -> None:
         self.processor, self.pad_to_multiple_of = processor, pad_to_multiple_of
 
     def __call__(self, items: Sequence[VqaItem]) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class VqaCollator:
             asked = [question.text for _, question in questions]
             texts = self.processor(text=asked, pad_to_multiple_of=self.pad_to_multiple_of)
         if answers:
-            answer_texts = self.processor.encode_answers([text for _, text, _ in answers], self.pad_to_multiple_of)
+            answer_texts = self.processor.encode_answers([text for _, text, _ in answers])
         batch |= {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
         batch |= {"answer_ids": answer_texts["input_ids"], "answer_mask": answer_texts["attention_mask"]}
         # Which places predict a token of an answer: known here without asking a device.

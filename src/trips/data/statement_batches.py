@@ -174,10 +174,11 @@ class StatementCollator:
     Args:
         processor: encodes and pads the sentences.
         num_images: n.
+        pad_to_multiple_of: pad L up to a multiple, for few shapes and the GPU's sake; None pads to the longest.
     """
 
-    def __init__(self, processor: TripsProcessor, num_images: int) -> None:
-        self.processor, self.num_images = processor, num_images
+    def __init__(self, processor: TripsProcessor, num_images: int, pad_to_multiple_of: int | None = 8) -> None:
+        self.processor, self.num_images, self.pad_to_multiple_of = processor, num_images, pad_to_multiple_of
 
     def __call__(self, items: Sequence[StatementItem]) -> dict[str, Any]:
         """Collate statements.
@@ -199,7 +200,8 @@ class StatementCollator:
             "skipped": [(item.record.source, item.error) for item in items if item.pixels is None],
         }
         if good:
-            texts = self.processor(text=[item.record.sentence for item in good])
+            sentences = [item.record.sentence for item in good]
+            texts = self.processor(text=sentences, pad_to_multiple_of=self.pad_to_multiple_of)
             batch |= {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
         labels = [item.record.label for item in good]
         return batch if None in labels else batch | {"labels": torch.tensor(labels, dtype=torch.long)}

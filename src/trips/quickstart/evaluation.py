@@ -97,8 +97,10 @@ def _score_selection(
     relevant = batcher.relevant(questions).to(tensors["pixel_values"].device)
     partner = other_image_partner([q.type for q in questions], tensors["image_index"].tolist())
     prefix = model.trips.encode_prefix(tensors["pixel_values"], selection).take(tensors["image_index"])
-    text = model.trips.encode_text(tensors["input_ids"], tensors["attention_mask"])[:, 0]
-    swapped = model.trips.vision.suffix(prefix, text[partner], selection, generator=generator)
+    mask = tensors["attention_mask"]
+    text = model.trips.encode_text(tensors["input_ids"], mask)
+    options = {"prefix": prefix, "text_states": text[partner], "selection": selection, "generator": generator}
+    swapped = model.trips(None, mask[partner], **options)
     for own, other in zip(selections, swapped.selections, strict=True):
         tally.own.setdefault(own.layer, []).append(relevance_recall(own.kept, relevant).cpu())
         tally.other.setdefault(own.layer, []).append(relevance_recall(other.kept, relevant).cpu())

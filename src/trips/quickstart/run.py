@@ -14,6 +14,7 @@ from trips.config import SelectionConfig
 from trips.data.scene_batches import SceneBatcher, scene_processor
 from trips.data.scenes import SceneConfig, SceneCorpus
 from trips.environment import describe_environment
+from trips.options import Architecture
 from trips.quickstart.evaluation import evaluate_guide, flops_of, throughput_of
 from trips.quickstart.plan import GUIDES, QuickstartPlan, Scale
 from trips.quickstart.report import draw_kept_patches, findings
@@ -82,12 +83,14 @@ def compare_guides(
     return rows, models, batcher
 
 
-def warmed_up_model(plan: QuickstartPlan, seed: int) -> tuple[TripsForQuestionAnswering, SceneBatcher]:
-    """The model that every row starts from, and the scenes of the seed; a function of plan and seed."""
+def warmed_up_model(
+    plan: QuickstartPlan, seed: int, architecture: Architecture = "dual"
+) -> tuple[TripsForQuestionAnswering, SceneBatcher]:
+    """The model that every row starts from, and the scenes of the seed; a function of the arguments."""
     set_seed(seed)
     corpus = SceneCorpus(SceneConfig(), seed=seed)
     batcher = SceneBatcher(corpus, scene_processor(corpus))
-    model, began = build_model(plan, batcher.processor), time.perf_counter()
+    model, began = build_model(plan, batcher.processor, architecture), time.perf_counter()
     warm_up(model, batcher, plan, seed)
     logger.info("warm-up took %.0f s", time.perf_counter() - began)
     return model, batcher

@@ -23,11 +23,12 @@ from transformers import BertConfig, ViTConfig
 from trips.config import SelectionConfig, TripsConfig, bert_variant
 from trips.data.scene_batches import SceneBatcher, SceneVqaData
 from trips.data.scenes import BACKGROUND_COLOURS, BANDS, COLOURS, SHAPES, TEXTURES, Scene, SceneCorpus
+from trips.options import Architecture
 from trips.processor import TripsProcessor
 from trips.quickstart.evaluation import evaluate_guide
 from trips.quickstart.plan import VALIDATION_START, Mixture, QuickstartPlan
 from trips.tasks.vqa import TripsForQuestionAnswering
-from trips.train.loop import train
+from trips.train.loop import train as _train
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import TrainReport, TrainSettings
 from trips.vision import VisionEncoder
@@ -45,8 +46,10 @@ logger = logging.getLogger("trips")
 _BETA2 = 0.98  # short runs: the usual 0.999 remembers the first, wild gradients for most of them
 
 
-def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQuestionAnswering:
-    """A small model with random weights.
+def build_model(
+    plan: QuickstartPlan, processor: TripsProcessor, architecture: Architecture = "dual"
+) -> TripsForQuestionAnswering:
+    """A small model with random weights; a "single" one has as many layers as the plan's vision and fusion together.
 
     Initial weights of text encoder and decoder are wider than BERT's 0.02, which belongs to width 768: at width 64 it
     makes attention so flat that words never bind to patches in the steps at hand.
@@ -55,7 +58,7 @@ def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQues
     vision = ViTConfig(
         hidden_size=plan.width,
         intermediate_size=2 * plan.width,
-        num_hidden_layers=plan.vision_layers,
+        num_hidden_layers=plan.vision_layers + (plan.fusion_layers if architecture == "single" else 0),
         num_attention_heads=4,
         image_size=processor.image_size[0],
         patch_size=processor.patch_size,
@@ -84,6 +87,7 @@ def build_model(plan: QuickstartPlan, processor: TripsProcessor) -> TripsForQues
             decoder_config=bert_variant(crossed, num_hidden_layers=plan.decoder_layers),
             selection=plan.selection("none"),
             initializer_range=0.02,
+            architecture=architecture,
         )
     )
 
@@ -133,6 +137,18 @@ def patch_labels(scene: Scene, patch_size: int) -> dict[str, np.ndarray]:
     return labels
 
 
+def train(*arguments: Any, **options: Any) -> TrainReport:
+    """`trips.train.loop.train`; a stage that a signal ended early is no result, so the signal goes on upwards.
+
+    Raises:
+        KeyboardInterrupt: a signal has ended the stage.
+    """
+    report = _train(*arguments, **options)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    return report
+
+
 @dataclass(frozen=True)
 class PatchLabelData:
     """Training data of the first warm-up stage; see `trips.train.settings.TrainingData`."""
@@ -160,7 +176,7 @@ def with_mixture(batcher: SceneBatcher, mixture: Mixture) -> SceneBatcher:
 def warm_up(
     model: TripsForQuestionAnswering, batcher: SceneBatcher, plan: QuickstartPlan, seed: int
 ) -> list[TrainReport]:
-    """The three warm-up stages, in place."""
+    """The three warm-up stages, in place. In TRIPS-S the tower is the joint stack, which goes on learning."""
     common = {"seed": seed, "log_every": 100, "beta2": _BETA2}
     labels = PatchLabelModel(model.trips.vision, plan.width)
     settings = TrainSettings(
@@ -173,11 +189,12 @@ def warm_up(
     )
     data = PatchLabelData(batcher, 2 * plan.num_scenes, model.config.vision_config.patch_size)
     reports = [train(labels, data, settings)]
-    model.trips.vision.requires_grad_(False)
+    model.trips.vision.requires_grad_(model.config.architecture == "single")
     reports += bind(model, batcher, plan, common)
     full = with_mixture(batcher, plan.question_mixture)
     questions = SceneVqaData(full, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
-    settings = TrainSettings(steps=plan.question_steps, lr=plan.bind_lr, lr_floor=0.4, **common)
+    rates = {"lr": plan.bind_lr, "vision_lr": plan.bind_lr}  # the second is that of a joint stack
+    settings = TrainSettings(steps=plan.question_steps, lr_floor=0.4, **rates, **common)
     reports.append(train(model, questions, settings))
     model.trips.vision.requires_grad_(True)
     return reports
@@ -197,7 +214,9 @@ def bind(
     for attempt in range(1 + plan.bind_repeats):
         asked = with_mixture(batcher, mixture)
         questions = SceneVqaData(asked, plan.num_scenes, plan.num_questions, curriculum, offset=start)
-        settings = TrainSettings(steps=steps, lr=plan.bind_lr, warmup_steps=min(50, steps), lr_floor=1.0, **common)
+        settings = TrainSettings(
+            steps=steps, lr=plan.bind_lr, vision_lr=plan.bind_lr, warmup_steps=min(50, steps), lr_floor=1.0, **common
+        )
         reports.append(train(model, questions, settings))
         looked_at = with_mixture(batcher, plan.bind_mixture)
         found = evaluate_guide(model, looked_at, plan.selection("none"), 32, 16, first_scene=VALIDATION_START)[

@@ -14,6 +14,7 @@ from pathlib import Path
 from trips.config import SelectionConfig
 from trips.data.scene_batches import SceneBatcher, scene_processor
 from trips.data.scenes import SceneConfig, SceneCorpus
+from trips.options import Architecture
 from trips.paper.settings import Setting
 from trips.quickstart.plan import QuickstartPlan
 from trips.quickstart.run import measured_row, warmed_up_model
@@ -37,7 +38,7 @@ class SceneAccuracy:
 
     def __init__(self, work: str | Path, plan: QuickstartPlan | None = None) -> None:
         self.work, self.plan = Path(work), plan or QuickstartPlan()
-        self._warm: dict[int, tuple[TripsForQuestionAnswering, SceneBatcher]] = {}
+        self._warm: dict[str, tuple[TripsForQuestionAnswering, SceneBatcher]] = {}
 
     def measure(self, setting: Setting, seed: int) -> dict[str, float]:
         """Fine-tune a copy of the seed's model, and ask it about scenes that nothing was ever chosen on.
@@ -48,7 +49,7 @@ class SceneAccuracy:
         Raises:
             ConfigError: locations that do not fit into the tower.
         """
-        warm, batcher = self.warmed_up(seed)
+        warm, batcher = self.warmed_up(seed, setting.architecture)
         batcher = SceneBatcher(batcher.corpus, batcher.processor, self.side(setting))
         selection = self.selection(setting)
         row, _ = measured_row(setting.name, warm, batcher, self.plan, selection, seed)
@@ -62,9 +63,11 @@ class SceneAccuracy:
 
     def selection(self, setting: Setting) -> SelectionConfig:
         """The setting's selection in the plan's tower, with the plan's score form and distillation."""
-        base = self.plan.selection("none")
+        base, depth = self.plan.selection("none"), self.plan.vision_layers
+        if setting.architecture == "single":
+            depth += self.plan.fusion_layers  # as `build_model` has it
         return dataclasses.replace(
-            setting.selection_in(self.plan.vision_layers),
+            setting.selection_in(depth),
             score=base.score,
             distill_weight=base.distill_weight,
             distill_temperature=base.distill_temperature,
@@ -76,16 +79,19 @@ class SceneAccuracy:
         patches = config.image_size / config.patch_size * setting.image_size / _PAPER_SIDE * setting.scale
         return max(1, round(patches)) * config.patch_size
 
-    def warmed_up(self, seed: int) -> tuple[TripsForQuestionAnswering, SceneBatcher]:
+    def warmed_up(
+        self, seed: int, architecture: Architecture = "dual"
+    ) -> tuple[TripsForQuestionAnswering, SceneBatcher]:
         """The model that all settings of a seed start from, read from `work` or made there, with its batcher."""
-        if seed not in self._warm:
-            folder = self.work / f"seed_{seed}_{hashlib.sha256(repr(self.plan).encode()).hexdigest()[:8]}"
+        key = f"seed_{seed}" if architecture == "dual" else f"{architecture}_seed_{seed}"
+        if key not in self._warm:
+            folder = self.work / f"{key}_{hashlib.sha256(repr(self.plan).encode()).hexdigest()[:8]}"
             if folder.is_dir():
                 corpus = SceneCorpus(SceneConfig(), seed=seed)
                 batcher = SceneBatcher(corpus, scene_processor(corpus))
-                self._warm[seed] = TripsForQuestionAnswering.from_pretrained(folder), batcher
+                self._warm[key] = TripsForQuestionAnswering.from_pretrained(folder), batcher
             else:
-                model, batcher = warmed_up_model(self.plan, seed)
+                model, batcher = warmed_up_model(self.plan, seed, architecture)
                 model.save_pretrained(folder)
-                self._warm[seed] = model, batcher
-        return self._warm[seed]
+                self._warm[key] = model, batcher
+        return self._warm[key]

@@ -23,6 +23,7 @@ from trips.losses import selection_distillation_loss
 from trips.model import TripsPreTrainedModel
 from trips.multi_image import MultiImageModel
 from trips.selection import Selection
+from trips.single_stream import SingleStreamMultiImageModel
 from trips.vision import VisionPrefix
 
 
@@ -48,7 +49,7 @@ class ReasoningOutput(ModelOutput):
 
 
 class TripsForVisualReasoning(TripsPreTrainedModel):
-    """TRIPS with a path of the fusion encoder for each image and a classifier.
+    """TRIPS with a path of the fusion encoder for each image, in TRIPS-S a pass for each, and a classifier.
 
     Args:
         config: see `TripsConfig`; ``config.reasoning`` holds the choices of this class.
@@ -58,10 +59,14 @@ class TripsForVisualReasoning(TripsPreTrainedModel):
 
     def __init__(self, config: TripsConfig) -> None:
         super().__init__(config)
-        width = config.text_config.hidden_size
-        self.trips = MultiImageModel(config)
+        width = joint = config.text_config.hidden_size
+        if config.architecture == "single":
+            # The joint [CLS]s of its images side by side (ViLT's way): there is no fusion encoder to merge them in.
+            self.trips, joint = SingleStreamMultiImageModel(config), config.reasoning.num_images * width
+        else:
+            self.trips = MultiImageModel(config)
         self.reasoning_head = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.reasoning.num_classes)
+            nn.Linear(joint, width), nn.ReLU(), nn.Linear(width, config.reasoning.num_classes)
         )
         self.post_init()
 

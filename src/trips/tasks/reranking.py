@@ -2,7 +2,8 @@
 
 What ALBEF computes once per image, TRIPS computes per pair: every text selects its own patches. What has seen no text,
 the prefix, is computed once per image here, for all texts that meet it from either direction; text states once per
-text. With the image [CLS] as the guide the whole image is computed once, and a pair costs its fusion alone.
+text. With the image [CLS] as the guide the whole image is computed once, and a pair costs its fusion alone. TRIPS-S
+has no such guide and no prefix but the patch embeddings: each of its pairs costs a whole pass.
 
 Dimensions: U different texts, S pairs, B rows of a batch, L text tokens, N patches, D width.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from trips.config import SelectionConfig, token_counts
 from trips.errors import ConfigError
+from trips.options import Architecture
 from trips.tasks.retrieval import TripsForImageTextRetrieval
 from trips.vision import VisionPrefix
 
@@ -61,19 +63,28 @@ class TextTable:
         return index[self.lengths[index].argsort(stable=True)].split(batch_size)
 
 
-def rerank_selection(selection: SelectionConfig, guide: RerankGuide) -> SelectionConfig:
+def rerank_selection(
+    selection: SelectionConfig, guide: RerankGuide, architecture: Architecture = "dual"
+) -> SelectionConfig:
     """Setting of the second stage: "text" is the model's own, "image" lets the image [CLS] ask in its place.
 
     Where nothing is removed there is no guide.
+
+    Raises:
+        ConfigError: "image" in a single-stream model, whose images have no states without the text of their pair.
     """
+    if architecture == "single" and guide == "image":
+        raise ConfigError(
+            "every pair of a single-stream model is read with its text", item="guide", found=guide, expected="text"
+        )
     if not selection.active or min(selection.rates) == 1:
         return selection.replace(guide="none")
     return selection.replace(guide="image") if guide == "image" else selection
 
 
-def computed_per_pair(selection: SelectionConfig) -> bool:
-    """Whether a setting of `rerank_selection` makes image states that depend on the text."""
-    return selection.active and selection.guide == "text"
+def computed_per_pair(selection: SelectionConfig, architecture: Architecture = "dual") -> bool:
+    """Whether a setting of `rerank_selection` makes image states that depend on the text; in TRIPS-S any does."""
+    return architecture == "single" or (selection.active and selection.guide == "text")
 
 
 class Reranker:
@@ -107,8 +118,10 @@ class Reranker:
         if guide not in ("text", "image"):
             raise ConfigError("unknown guide", item="guide", found=guide, expected="text | image")
         self.model, self.texts, self.load_pixels = model, texts, load_pixels
-        self.selection = rerank_selection(selection or model.config.selection, guide)
-        self.per_pair, self.batch_size, self.pair_batch = computed_per_pair(self.selection), batch_size, 4 * batch_size
+        architecture = model.config.architecture
+        self.selection = rerank_selection(selection or model.config.selection, guide, architecture)
+        self.per_pair = computed_per_pair(self.selection, architecture)
+        self.batch_size, self.pair_batch = batch_size, 4 * batch_size
         vision, size, memory = model.config.vision_config, model.dtype.itemsize, memory_gb * 1e9
         seen = token_counts(num_patches, vision.num_hidden_layers, self.selection)[-1][1]
         image_bytes = (1 + num_patches if self.per_pair else seen) * vision.hidden_size * size

@@ -28,11 +28,13 @@ from transformers.utils import ModelOutput
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
 from trips.losses import itm_loss, selection_distillation_loss
-from trips.model import TripsModel, TripsPreTrainedModel
+from trips.model import TripsPreTrainedModel
 from trips.momentum import FeatureQueue, update_momentum
 from trips.options import TEMPERATURE_RANGE
+from trips.single_stream import build_encoder
 from trips.tasks.contrast import Candidates, contrastive_loss, draw_negatives
-from trips.tasks.passes import VisionPlan, fuse_pairs
+from trips.tasks.joint import start_passes
+from trips.tasks.passes import VisionPlan
 from trips.tasks.teacher import MaskedText, MomentumTeacher, TeacherOutput, project
 from trips.vision import VisionPrefix
 
@@ -91,7 +93,7 @@ class TripsForImageTextRetrieval(TripsPreTrainedModel):
     def __init__(self, config: TripsConfig) -> None:
         super().__init__(config)
         options, width = config.pretraining, config.text_config.hidden_size
-        self.trips = TripsModel(config)
+        self.trips = build_encoder(config)
         self.image_projection = nn.Linear(config.vision_config.hidden_size, options.projection_dim)
         self.text_projection = nn.Linear(width, options.projection_dim)
         self.itm_head = nn.Linear(width, 2)
@@ -156,12 +158,12 @@ class TripsForImageTextRetrieval(TripsPreTrainedModel):
         prefix = prefix or self.trips.encode_prefix(pixel_values, selection)
         free = options if options.itc_guide != "text" else options.replace(itc_guide="image")
         selection = VisionPlan.of(selection, free).contrast or selection
-        return project(self.image_projection, self.trips.vision.suffix(prefix, None, selection).last_hidden_state)
+        return project(self.image_projection, self.trips.image_alone(prefix, selection))
 
     @torch.no_grad()
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Contrastive text features: (B, L) -> (B, P), normalised, float32."""
-        return project(self.text_projection, self.trips.encode_text(input_ids, attention_mask))
+        return project(self.text_projection, self.trips.text_alone(input_ids, attention_mask))
 
     @torch.no_grad()
     def match(
@@ -268,20 +270,10 @@ class TripsForImageTextRetrieval(TripsPreTrainedModel):
         )
         plan = VisionPlan.of(selection, options, distill, mlm=masked_text is not None)
 
-        ids, masks = input_ids, attention_mask
-        if masked_text is not None:
-            ids, masks = torch.cat([input_ids, masked_text.input_ids]), attention_mask.repeat(2, 1)
-        text, *masked = self.trips.encode_text(ids, masks).split(input_ids.shape[0])
-        prefix = self.trips.encode_prefix(pixel_values, plan.pairs)
-        first = self.trips.vision.suffix(
-            prefix,
-            None if plan.contrast else text[:, 0],
-            plan.contrast or plan.pairs,
-            observe=distill,
-            generator=generator,
-        )
-        image_features = project(self.image_projection, first.last_hidden_state)
-        text_features = project(self.text_projection, text)
+        masked_ids = None if masked_text is None else masked_text.input_ids
+        passes = start_passes(self.trips, plan, pixel_values, input_ids, attention_mask, masked_ids, generator)
+        image_features = project(self.image_projection, passes.image)
+        text_features = project(self.text_projection, passes.text)
 
         taught = None
         if self.momentum is not None:
@@ -296,17 +288,15 @@ class TripsForImageTextRetrieval(TripsPreTrainedModel):
         if self.queue is not None and self.training:
             now = slice(candidates.num_now)
             self.queue.enqueue(candidates.image[now], candidates.text[now], candidates.ids[now])
-        fused, attention = fuse_pairs(
-            self.trips, plan, prefix, first, text, masked[0] if masked else None, attention_mask, negatives, generator
-        )
+        fused, attention = passes.fuse(negatives)
         blocks = fused.split(input_ids.shape[0])
         matching = self.itm_head(torch.cat([states[:, 0] for states in blocks[:3]]))
-        loss_itm = itm_loss(matching, (torch.arange(len(matching), device=matching.device) < len(text)).long())
+        loss_itm = itm_loss(matching, (torch.arange(len(matching), device=matching.device) < len(input_ids)).long())
         loss_distill = None
         if distill:
-            logits = [record.logits for record in first.selections]
+            logits = [record.logits for record in passes.selections]
             loss_distill = selection_distillation_loss(logits, attention, selection.distill_temperature)
-        return PairLosses(loss_itc, loss_itm, loss_distill, blocks[3] if masked else None, taught)
+        return PairLosses(loss_itc, loss_itm, loss_distill, blocks[3] if masked_text else None, taught)
 
 
 def check_shapes(*checks: tuple[str, tuple[int, ...], tuple[int, ...]]) -> None:

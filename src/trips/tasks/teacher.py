@@ -17,6 +17,8 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from trips.model import TripsModel
+from trips.single_stream import TripsSingleStreamModel
+from trips.tasks.joint import JointPasses
 from trips.tasks.passes import VisionPlan
 
 
@@ -88,7 +90,7 @@ class MomentumTeacher(nn.Module):
 
     def __init__(
         self,
-        trips: TripsModel,
+        trips: TripsModel | TripsSingleStreamModel,
         image_projection: nn.Linear,
         text_projection: nn.Linear,
         mlm_head: MlmHead | None = None,
@@ -125,6 +127,8 @@ class MomentumTeacher(nn.Module):
             plan: of the model's own step.
             generator: noise of the random guide.
         """
+        if isinstance(self.trips, TripsSingleStreamModel):
+            return self._read(pixel_values, input_ids, attention_mask, masked_text, plan, generator)
         vision, pairs = self.trips.vision, plan.unobserved()
         text, text_mask = input_ids, attention_mask
         if masked_text is not None:
@@ -140,6 +144,27 @@ class MomentumTeacher(nn.Module):
                 guide = masked[0] if plan.masked else text
                 image = vision.suffix(prefix, guide[:, 0], pairs, generator=generator).last_hidden_state
             fused, _ = self.trips.fusion(masked[0], attention_mask, image)
-            embeddings = self.trips.get_input_embeddings().weight
-            output.mlm_logits = self.mlm_head(masked_states(fused, masked_text.positions), embeddings)
+            output.mlm_logits = self._predict(fused, masked_text)
         return output
+
+    def _read(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        masked_text: MaskedText | None,
+        plan: VisionPlan,
+        generator: torch.Generator | None,
+    ) -> TeacherOutput:
+        """`forward` of a single-stream teacher."""
+        masked_ids = None if masked_text is None else masked_text.input_ids
+        passes = JointPasses(self.trips, plan, pixel_values, input_ids, attention_mask, masked_ids, generator)
+        output = TeacherOutput(project(self.image_projection, passes.image), project(self.text_projection, passes.text))
+        if masked_text is not None:
+            output.mlm_logits = self._predict(passes.read_masked(), masked_text)
+        return output
+
+    def _predict(self, fused: Tensor, masked_text: MaskedText) -> Tensor:
+        """(B, L, D) fused states -> (M, V) logits of the hidden words."""
+        embeddings = self.trips.get_input_embeddings().weight
+        return self.mlm_head(masked_states(fused, masked_text.positions), embeddings)

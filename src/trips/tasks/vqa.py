@@ -22,8 +22,9 @@ from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, ShapeError
 from trips.fusion import bidirectional_mask
 from trips.losses import IGNORED, answer_log_likelihood, answer_loss, selection_distillation_loss
-from trips.model import TripsModel, TripsPreTrainedModel
+from trips.model import TripsPreTrainedModel
 from trips.selection import Selection
+from trips.single_stream import build_encoder
 from trips.tasks.answers import rank_answers
 from trips.vision import VisionPrefix
 
@@ -67,7 +68,7 @@ class TripsForQuestionAnswering(TripsPreTrainedModel):
         if not (config.decoder_config.is_decoder and config.decoder_config.add_cross_attention):
             # transformers would silently build a decoder that never sees the question
             raise ConfigError("needs is_decoder and add_cross_attention", item="decoder_config")
-        self.trips = TripsModel(config)
+        self.trips = build_encoder(config)
         self.decoder = BertLMHeadModel._from_config(config.decoder_config)
         self.post_init()
 

@@ -86,13 +86,13 @@ def parameter_groups(
 
 
 def build_adamw(groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, as one fused kernel where the device has it.
+    """AdamW over `parameter_groups`, as one fused kernel where the device has it, else a few for all parameters.
 
     The fused kernel is not only faster: it can leave out a step on the device's own word, see `train`.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, betas=betas, fused=fused, foreach=not fused)
 
 
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.1) -> float:

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig
+from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, check_single_stream
 from trips.errors import ConfigError
-from trips.train.recipe_limits import INF, RANGES, TASKS_OF_KEY
+from trips.options import Architecture
+from trips.train.recipe_limits import INF, RANGES, SINGLE_STREAM_REFUSES, TASKS_OF_KEY
 from trips.train.settings import ParallelMode
 
 
@@ -24,6 +25,8 @@ class ModelSection:
         vision: vision tower (CLIP, ViT, DINOv2): a folder, a hub name, "package:NAME/FOLDER" for files inside an
             installed package, or "tiny" for a small one with random weights.
         text: BERT text tower, named in the same ways; "tiny" trains its word pieces on the training texts.
+        architecture: "dual" is the model of Figure 2, "single" TRIPS-S: the vision tower reads words and patches
+            together. It has neither text nor fusion layers, and all of it learns at optim.vision_lr but the embeddings.
         num_text_layers: layers of the text encoder, the first of the text tower.
         num_fusion_layers: layers of the fusion encoder, the last of the text tower.
         num_decoder_layers: layers of the answer decoder, the last of the text tower.
@@ -37,6 +40,7 @@ class ModelSection:
 
     vision: str = "openai/clip-vit-base-patch16"
     text: str = "google-bert/bert-base-uncased"
+    architecture: Architecture = "dual"
     num_text_layers: int = 6
     num_fusion_layers: int = 6
     num_decoder_layers: int = 6
@@ -262,6 +266,13 @@ class Recipe:
                     found=len(weights),
                     expected=len(self.data.train),
                 )
+        if self.model.architecture == "single":
+            check_single_stream(self.model.selection, self.model.pretraining)
+            for key, refuses, expected in SINGLE_STREAM_REFUSES:
+                if refuses(found := self._value(key)):
+                    raise ConfigError(
+                        "a single-stream model has no use for it", item=key, found=found, expected=expected
+                    )
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(

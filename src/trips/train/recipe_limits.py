@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 INF = float("inf")
 
 TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
@@ -29,6 +32,15 @@ TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
     "run.memory_gb": ("retrieval",),
 }
 """Keys that only some tasks read; others refuse them rather than ignore them."""
+
+SINGLE_STREAM_REFUSES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("model.num_text_layers", lambda value: value != 6, "the default: there is no text encoder"),
+    ("model.num_fusion_layers", lambda value: value != 6, "the default: there is no fusion encoder"),
+    ("optim.vision_lr", lambda value: value == 0, "above 0: the vision tower is the joint stack"),
+    ("run.cache_prefix_gb", lambda value: value > 0, "0: only patch embeddings are free of text"),
+    ("run.rerank_guide", lambda value: value == "image", "text: every pair is read with its text"),
+)
+"""Keys of a recipe that say nothing where one stack reads words and patches: key, what is refused, what is expected."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "model.num_text_layers": (1, INF),

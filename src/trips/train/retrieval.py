@@ -42,7 +42,8 @@ def _measure(
         return {}
     run, guides = recipe.run, (recipe.run.rerank_guide,)
     if run.rerank_guide == "both":
-        same = rerank_selection(recipe.model.selection, "text") == rerank_selection(recipe.model.selection, "image")
+        single, selection = recipe.model.architecture == "single", recipe.model.selection
+        same = single or rerank_selection(selection, "text") == rerank_selection(selection, "image")
         guides = ("text",) if same else ("text", "image")  # as in the baseline, where nothing selects
     return evaluate_two_stage(
         model,

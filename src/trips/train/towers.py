@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
 from transformers.utils import cached_file
 
 from trips.config import TripsConfig, bert_variant
@@ -24,7 +31,7 @@ from trips.train.recipe import DataSection, ModelSection
 
 ModelT = TypeVar("ModelT", bound=TripsPreTrainedModel)
 
-_TINY_PATCH = 16
+_TINY_LAYERS, _TINY_PATCH = 4, 16
 
 
 def resolve_tower(name: str) -> str:
@@ -79,6 +86,7 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
             resolve_tower(model.vision),
             resolve_tower(model.text),
             task,
+            architecture=model.architecture,
             num_text_layers=model.num_text_layers,
             num_fusion_layers=model.num_fusion_layers,
             num_decoder_layers=model.num_decoder_layers,
@@ -104,7 +112,7 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
     return task(
         TripsConfig(
             vision_config=ViTConfig(
-                **shape, num_hidden_layers=4, image_size=processor.image_size[0], patch_size=_TINY_PATCH
+                **shape, num_hidden_layers=_TINY_LAYERS, image_size=processor.image_size[0], patch_size=_TINY_PATCH
             ),
             text_config=text,
             fusion_encoder_config=bert_variant(text, num_hidden_layers=model.num_fusion_layers, **crossed),
@@ -112,8 +120,27 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
             selection=model.selection,
             pretraining=model.pretraining,
             reasoning=model.reasoning,
+            architecture=model.architecture,
         )
     )
+
+
+def tower_shape(name: str) -> tuple[int, int]:
+    """Layers and pixels of a patch's side of a recipe's vision tower, by its configuration alone.
+
+    Raises:
+        CheckpointError: there is none, or it is not that of a vision tower.
+        MissingDependencyError: see `resolve_tower`.
+    """
+    if name == "tiny":
+        return _TINY_LAYERS, _TINY_PATCH
+    folder = _config_folder(resolve_tower(name))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        vision = getattr(config, "vision_config", config)
+        return vision.num_hidden_layers, vision.patch_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError("no configuration of a vision tower", item=name, found=str(error)[:200]) from error
 
 
 def _config_folder(name: str) -> Path:

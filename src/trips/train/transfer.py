@@ -26,7 +26,8 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
     head for masked tokens (which a retrieval model does not have: its part of the decoder then stays as it was built),
     as far as it has no more layers than the fusion encoder. Where a text has several images, each image's path through
     the fusion encoder starts as a copy of it and the classifier at random; such a model may also start from one of its
-    own class, and then takes the classifier too, without the last layer if that learnt another objective.
+    own class, and then takes the classifier too, without the last layer if that learnt another objective. TRIPS-S has
+    no fusion encoder that a decoder could start from.
 
     Args:
         model: of any task, of the same towers.
@@ -57,15 +58,18 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
     _copy(source.trips, model.trips, folder)
     if (decoder := getattr(model, "decoder", None)) is not None:
         layers = decoder.bert.encoder.layer
-        if len(layers) > len(source.trips.fusion.layer):
+        if source.config.architecture == "single":
+            logger.info("%s has no fusion encoder: layers of the decoder stay as they were built", folder)
+        elif len(layers) > len(source.trips.fusion.layer):
             raise CheckpointError(
                 "has fewer fusion layers than the decoder needs",
                 item=folder,
                 found=len(source.trips.fusion.layer),
                 expected=len(layers),
             )
-        for theirs, ours in zip(list(source.trips.fusion.layer)[-len(layers) :], layers, strict=True):
-            _copy(theirs, ours, folder)
+        else:
+            for theirs, ours in zip(list(source.trips.fusion.layer)[-len(layers) :], layers, strict=True):
+                _copy(theirs, ours, folder)
         _copy(source.trips.text.embeddings, decoder.bert.embeddings, folder)
         if isinstance(source, TripsForPreTraining):
             _copy(source.mlm_head.transform, decoder.cls.predictions.transform, folder)
@@ -97,6 +101,9 @@ def _read(folder: Path, *kinds: type[TripsPreTrainedModel]) -> TripsPreTrainedMo
 
 
 def _start_reasoning(source: TripsPreTrainedModel, model: TripsForVisualReasoning, folder: Path) -> None:
+    if model.config.architecture == "single" and not isinstance(source, TripsForVisualReasoning):
+        _copy(source.trips, model.trips, folder)
+        return
     if not isinstance(source, TripsForVisualReasoning):
         for part in ("text", "vision"):
             _copy(getattr(source.trips, part), getattr(model.trips, part), folder)

@@ -1,0 +1,74 @@
+"""trips table: tables for people and machines, folders, mistakes, a sweep that fails in part."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trips import cli
+from trips.errors import DataError
+from trips.paper.settings import Setting
+from trips.quickstart import sweep
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["table"], ["number"]),
+        (["table", "9"], ["table", "9", "1 to 7"]),
+        (["table", "four"], ["four"]),
+        (["table", "4", "--runs", "runs/x"], ["runs", "tables 1 and 2"]),
+        (["table", "1", "--runs", "/no/run"], ["/no/run", "finished run"]),
+        (["table", "1", "--speed"], ["speed", "tables 3 to 7"]),
+        (["table", "3", "--accuracy=scenes"], ["accuracy", "tables 4 to 7"]),
+        (["table", "4", "--accuracy=vqa/daquar_smal"], ["did you mean vqa/daquar_small?"]),
+        (["table", "4", "--accuracy=debug/vqa_tiny", "--model.selection.guide=image"], ["decided by the table"]),
+        (["table", "4", "--data.train=x.tar"], ["--data.train=x.tar", "--accuracy=RECIPE"]),
+        (["table", "4", "--speed", "--batch_sizes", "0"], ["batch_sizes", "0"]),
+    ],
+)
+def test_mistakes(argv, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert all(part in err for part in parts)
+
+
+def test_for_people_and_machines(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["table", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "[6, 10], not [5, 10]" in out and "130.92" in out and max(map(len, out.splitlines())) <= 140
+    assert cli.main(["table", "5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    row = told["rows"][1]
+    assert (row["name"], row["paper"]["flops_g"]) == ("[5, 10] x 0.7, 224 px", 20.89)
+    assert row["ours"]["convention_g"] == pytest.approx(20.899, abs=1e-3) and row["ours"]["convention_fits"]
+    assert not list(tmp_path.iterdir()), "nothing was measured, nothing is written"
+    assert cli.main(["table", "5", "--out=there", "--json"]) == 0
+    written = json.loads((tmp_path / "there" / "rows.json").read_text())
+    again = json.loads(capsys.readouterr().out)
+    assert written == again and again["rows"] == told["rows"]
+
+
+def test_a_sweep_over_scenes(capsys, tmp_path, monkeypatch):
+    calls = []
+
+    def measure(self: sweep.SceneAccuracy, setting: Setting, seed: int) -> dict[str, float]:
+        calls.append((setting.name, seed))
+        if len(calls) == 2:
+            raise DataError("is gone", item="a scene")
+        return {"accuracy": 50.0 + seed}
+
+    monkeypatch.setattr(sweep.SceneAccuracy, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    argv = ["table", "7", "--accuracy=scenes", "--seeds", "0", "2", "--json"]
+    assert cli.main(argv) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["failures"] == {"w/o ITF, seed 0": "a scene: is gone"}
+    assert told["rows"][0]["ours"]["accuracy_by_seed"] == {"0": 50.0, "2": 52.0}
+    assert "FAILED w/o ITF, seed 0: a scene: is gone" in (tmp_path / "runs/table_7/table.md").read_text()
+    assert cli.main(argv[:-1]) == 0
+    assert calls[6:] == [("w/o ITF", 0)] and "51.00 ± 1.41 (2)" in capsys.readouterr().out
