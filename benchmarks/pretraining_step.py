@@ -21,20 +21,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, CLIPVisionConfig
 
+from trips.bench.counter import counted_flops
 from trips.bench.flops import count_pretraining_flops
+from trips.bench.memory import peak_bytes
 from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
 from trips.environment import describe_environment
 from trips.tasks.pretraining import TripsForPreTraining
@@ -109,26 +105,6 @@ class Trainer:
         return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *moments))
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes in tensors while a function runs, beyond those held before it."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
-    held = peak = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
-        held += size
-        peak = max(peak, held)
-    return peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and few, to see that it runs")
@@ -158,10 +134,7 @@ def main() -> None:
     peaks, operations = {}, {}
     for variant in variants:  # warms up, and makes gradients and the moments of the optimizer
         selection = trainer.choose(*variant)
-        # The counter knows no fused attention on a CPU: here let it decompose into products.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            trainer.passes(selection)
-        operations[variant] = counter.get_total_flops() / 1e9 / batch
+        operations[variant] = counted_flops(trainer.passes, selection) / batch
         peaks[variant] = peak_bytes(lambda chosen=selection: trainer.passes(chosen), device)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()

@@ -3,8 +3,9 @@
     python benchmarks/selection_overhead.py             # ViT-B/16, 384 px, batch 8, 40 text tokens
     python benchmarks/selection_overhead.py --quick     # 224 px, batch 2, few rounds
 
-Baseline and subject are interleaved, weights are random and shared, attention is fused on both sides. The overhead is
-the time spent in scoring, top-k, gather and fusing, measured inside the running forward pass.
+Baseline and subject are interleaved on rotating inputs, weights are random and shared, attention is fused on both
+sides. The overhead is the time spent in scoring, top-k, gather and fusing, measured inside the running forward pass;
+speed-ups are medians of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -12,28 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
 import trips.vision as vision_module
 from trips.bench.flops import count_flops
-from trips.config import SelectionConfig, TripsConfig
+from trips.bench.subjects import POOL, build_subject, make_inputs, random_model
+from trips.bench.timing import device_clock, interleave, ratio
+from trips.config import SelectionConfig
 from trips.environment import describe_environment
-from trips.model import TripsModel
+
+SETTINGS = {"none": SelectionConfig(guide="none"), "text [5,10] x 0.7": SelectionConfig()}
+PARTS = {"model": "forward", "vision": "vision"}
+TEXT_LENGTH = 40
 
 
 class Stopwatch:
     """Adds up the time spent in functions that it wraps."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds, self.device = 0.0, device
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.seconds, self.now = 0.0, device_clock(device)
 
     def wrap(self, function):
         def timed(*args, **kwargs):
@@ -44,8 +44,12 @@ class Stopwatch:
 
         return timed
 
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
-@torch.no_grad()
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and few, to see that it runs")
@@ -58,44 +62,40 @@ def main() -> None:
         args.pixels, args.batch, args.rounds = 224, 2, 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    config = TripsConfig()
-    model = TripsModel(config).eval().to(device)
-    settings = {"none": SelectionConfig(guide="none"), "text [5,10] x 0.7": SelectionConfig()}
-    pixels = torch.randn(args.batch, 3, args.pixels, args.pixels, device=device)
-    ids = torch.randint(1000, 2000, (args.batch, 40), device=device)
-    text = model.encode_text(ids, torch.ones_like(ids))[:, 0]
+    model = random_model().to(device)
     watch = Stopwatch(device)
-    encoder = model.vision
-    encoder._logits = watch.wrap(encoder._logits)
+    model.vision._logits = watch.wrap(model.vision._logits)
     vision_module.select_patches = watch.wrap(vision_module.select_patches)
-    times = {(part, name): [] for part in ("model", "vision") for name in settings}
-    shares = []
-    for round_number in range(args.rounds + 1):
-        for name, selection in settings.items():
-            for part in ("model", "vision"):
-                watch.seconds, start = 0.0, watch.now()
-                if part == "model":
-                    model(ids, None, pixels, selection=selection)
-                else:
-                    encoder(pixels, text, selection)
-                taken = watch.now() - start
-                if round_number:  # the first round warms up
-                    times[part, name].append(taken)
-                    if selection.active and part == "model":
-                        shares.append(watch.seconds / taken)
+    inputs = make_inputs(model, args.pixels, args.batch, TEXT_LENGTH)
+    subjects = {
+        (part, name): build_subject(model, selection, inputs, part=kind)
+        for name, selection in SETTINGS.items()
+        for part, kind in PARTS.items()
+    }
+    none, text = SETTINGS
+    whole, inside = subjects["model", text], []
+
+    def watched(number: int) -> None:
+        watch.lap()
+        whole(number)
+        inside.append(watch.lap())
+
+    subjects["model", text] = watched
+    timings = interleave(subjects, args.rounds, pool=POOL, now=device_clock(device))
+    shares = [
+        spent / taken for spent, taken in zip(inside[-args.rounds :], timings["model", text].seconds, strict=True)
+    ]
     grid = (args.pixels // 16, args.pixels // 16)
-    counts = {name: count_flops(config, grid, 40, selection) for name, selection in settings.items()}
-    base, subject = counts.values()
-    median = {key: statistics.median(values) for key, values in times.items()}
-    names = list(settings)
+    base, subject = (count_flops(model.config, grid, TEXT_LENGTH, selection) for selection in SETTINGS.values())
+    speedups = {part: ratio(timings[part, none], timings[part, text]).median for part in PARTS}
     result = {
-        "environment": describe_environment(),
+        "environment": describe_environment(device),
         "pixels": args.pixels,
         "batch": args.batch,
         "rounds": args.rounds,
-        "seconds": {f"{part}, {name}": round(value, 4) for (part, name), value in median.items()},
+        "seconds": {f"{part}, {name}": round(found.median, 4) for (part, name), found in timings.items()},
         "selection_share_of_forward": round(statistics.median(shares), 5),
-        "measured_speedup": {p: round(median[p, names[0]] / median[p, names[1]], 3) for p in ("model", "vision")},
+        "measured_speedup": {part: round(value, 3) for part, value in speedups.items()},
         "exact_ratio": {
             "model": round(base.total / subject.total, 3),
             "vision": round(base.vision / subject.vision, 3),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from trips.bench.cells import SpeedPlan
+from trips.bench.plan import SpeedPlan
 from trips.bench.speed import measure_speed
 from trips.bench.subjects import DTYPES, random_model
 from trips.config import SelectionConfig

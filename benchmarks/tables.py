@@ -4,6 +4,8 @@ python benchmarks/tables.py quickstart runs/quickstart/results.json
 python benchmarks/tables.py seeds benchmarks/results/quickstart_seeds.json
 python benchmarks/tables.py scores benchmarks/results/score_forms.json
 python benchmarks/tables.py pretraining benchmarks/results/pretraining_step.json
+python benchmarks/tables.py ablation benchmarks/results/ablation_scenes.json
+python benchmarks/tables.py speed benchmarks/results/speed.json
 """
 
 from __future__ import annotations
@@ -81,9 +83,66 @@ def pretraining(results: dict) -> str:
     return markdown(header, rows)
 
 
+def ablation(results: dict) -> str:
+    def cell(figures: dict, key: str, digits: int = 1) -> str:
+        value = figures.get(key)
+        if value is None:
+            return "-"
+        spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{spread}"
+
+    rows = [
+        [
+            name,
+            str(figures["seeds"]),
+            cell(figures, "accuracy"),
+            *(cell(figures, f"accuracy_{kind}") for kind in ("object", "background")),
+            cell(figures, "gain_object", 2),
+            f"{figures['flops_g']['mean']:.4f}",
+            f"{figures['seconds']['mean']:.0f}",
+        ]
+        for name, figures in results["summary"].items()
+    ]
+    return markdown(["setting", "seeds", "overall", "object", "background", "gain, objects", "GFLOPs", "s"], rows)
+
+
+def speed(results: dict) -> str:
+    header = [
+        "part",
+        "mode",
+        "px",
+        "setting",
+        "batch",
+        "none, ms",
+        "with, ms",
+        "measured",
+        "10 to 90 %",
+        "exact",
+        "MiB",
+    ]
+    rows = [
+        [
+            row["part"],
+            row["mode"],
+            str(row["px"]),
+            f"{row['locations']} x {row['keep_rates'][0]:g}",
+            str(row["batch"]),
+            f"{row['baseline_ms']:.0f}",
+            f"{row['subject_ms']:.0f}",
+            f"{row['measured_ratio']:.3f}",
+            f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
+            f"{row['exact_ratio']:.3f}",
+            f"{row['subject_peak_mib']:.0f} of {row['baseline_peak_mib']:.0f}",
+        ]
+        for part in results["parts"]
+        for row in part["rows"]
+    ]
+    return markdown(header, rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("quickstart", "seeds", "scores", "pretraining"))
+    parser.add_argument("table", choices=("quickstart", "seeds", "scores", "pretraining", "ablation", "speed"))
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     print(globals()[arguments.table](json.loads(arguments.file.read_text())))

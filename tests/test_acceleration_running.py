@@ -63,7 +63,7 @@ def test_captioning_refuses_the_caption_as_its_own_guide() -> None:
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=2)
     with pytest.raises(ConfigError, match="prompt is empty"):
         model.generate(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"][:, :1], max_new_tokens=2)
-    assert model._trips_acceleration._guide is None
+    assert model._trips_acceleration.call.guide is None
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 from trips import cli
 from trips.errors import DataError
 from trips.paper.settings import Setting
+from trips.paper.speed import SpeedSource
 from trips.quickstart import sweep
 
 
@@ -26,10 +27,13 @@ from trips.quickstart import sweep
         (["table", "4", "--accuracy=debug/vqa_tiny", "--model.selection.guide=image"], ["decided by the table"]),
         (["table", "4", "--data.train=x.tar"], ["--data.train=x.tar", "--accuracy=RECIPE"]),
         (["table", "4", "--speed", "--batch_sizes", "0"], ["batch_sizes", "0"]),
+        (["table", "3", "--speed", "--accuracy=scenes"], ["accuracy", "tables 4 to 7"]),
+        (["table", "4", "--speed", "--accuracy=no/such"], ["no/such"]),
     ],
 )
 def test_mistakes(argv, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SpeedSource, "measure", lambda *_: pytest.fail("timed before all was checked"))
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

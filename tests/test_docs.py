@@ -266,7 +266,7 @@ def test_commands_of_other_documents_are_real(document: str) -> None:
             elif arguments is not None:
                 assert arguments[0] in cli.VERBS, where
                 if arguments[0] not in ("data", "evaluate"):
-                    own, _ = cli._split_overrides(arguments)
+                    own = cli._split_overrides(arguments)[0] if arguments[0] in cli._POSITIONAL else arguments
                     cli._parser(arguments[0]).parse_args(own)  # verb and options exist
 
 

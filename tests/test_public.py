@@ -20,6 +20,7 @@ from trips import errors
 
 SOURCE = Path(trips.__file__).resolve().parents[1]
 PROMISED = {
+    "ImageIndex",
     "TripsConfig",
     "SelectionConfig",
     "PretrainingConfig",
@@ -31,13 +32,16 @@ PROMISED = {
     "TripsForVisualReasoning",
     "TripsPipeline",
     "TripsProcessor",
+    "TripsSingleStreamModel",
     "benchmark",
     "build_model_from_towers",
+    "calibrate",
     "import_checkpoint",
     "load",
     "restore",
     "accelerate",
     "explain_last",
+    "export_model",
     "__version__",
 }
 

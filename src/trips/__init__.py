@@ -22,11 +22,15 @@ from trips.errors import (
 if TYPE_CHECKING:
     from trips.acceleration import accelerate, explain_last, restore
     from trips.bench.speed import benchmark
+    from trips.calibration import calibrate
     from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, TripsConfig
+    from trips.export import export_model
     from trips.importers import build_model_from_towers, import_checkpoint
     from trips.model import TripsModel
     from trips.pipeline import TripsPipeline, load
     from trips.processor import TripsProcessor
+    from trips.search.index import ImageIndex
+    from trips.single_stream import TripsSingleStreamModel
     from trips.tasks.nlvr2 import TripsForVisualReasoning
     from trips.tasks.pretraining import TripsForPreTraining
     from trips.tasks.retrieval import TripsForImageTextRetrieval
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _LAZY = {
+    "ImageIndex": "trips.search.index",
     "PretrainingConfig": "trips.config",
     "ReasoningConfig": "trips.config",
     "SelectionConfig": "trips.config",
@@ -46,10 +51,13 @@ _LAZY = {
     "TripsModel": "trips.model",
     "TripsPipeline": "trips.pipeline",
     "TripsProcessor": "trips.processor",
+    "TripsSingleStreamModel": "trips.single_stream",
     "accelerate": "trips.acceleration",
     "benchmark": "trips.bench.speed",
     "build_model_from_towers": "trips.importers",
+    "calibrate": "trips.calibration",
     "explain_last": "trips.acceleration",
+    "export_model": "trips.export",
     "import_checkpoint": "trips.importers",
     "load": "trips.pipeline",
     "restore": "trips.acceleration",
@@ -59,6 +67,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ImageIndex",
     "MissingDependencyError",
     "PretrainingConfig",
     "ReasoningConfig",
@@ -73,12 +82,15 @@ __all__ = [
     "TripsModel",
     "TripsPipeline",
     "TripsProcessor",
+    "TripsSingleStreamModel",
     "UnsupportedModelError",
     "__version__",
     "accelerate",
     "benchmark",
     "build_model_from_towers",
+    "calibrate",
     "explain_last",
+    "export_model",
     "import_checkpoint",
     "load",
     "restore",

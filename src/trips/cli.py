@@ -24,7 +24,17 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from trips import cli_bench, cli_data, cli_models, cli_speed, cli_tables, cli_use
+from trips import (
+    cli_bench,
+    cli_calibrate,
+    cli_data,
+    cli_figures,
+    cli_models,
+    cli_search,
+    cli_speed,
+    cli_tables,
+    cli_use,
+)
 from trips.errors import ConfigError, TripsError
 
 # A key of a recipe, or a section alone, which `load_recipe` then refuses by name.
@@ -70,28 +80,6 @@ def evaluate(
     return evaluate_run(run_dir, overrides, out)
 
 
-def explain(
-    run_dir: str,
-    overrides: Sequence[str] = (),
-    *,
-    out: str = "kept_patches.png",
-    count: int = 6,
-    as_json: bool = False,
-) -> dict[str, Any]:
-    """Draw which patches a finished question answering run keeps on photos of its test data, and what it answers.
-
-    Args:
-        run_dir: output folder of "trips train".
-        overrides: keys of the run's recipe to replace.
-        out: picture to write.
-        count: photos, the first question of each.
-        as_json: print one JSON object for machines.
-    """
-    from trips.explain import explain_run
-
-    return {"written to": str(explain_run(run_dir, out, overrides, count))}
-
-
 def recipes(*, as_json: bool = False) -> dict[str, str]:
     """List the recipes that come with the package.
 
@@ -123,8 +111,10 @@ VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     **cli_use.VERBS,
-    "explain": explain,
+    **cli_search.VERBS,
+    **cli_figures.VERBS,
     **cli_models.VERBS,
+    **cli_calibrate.VERBS,
     **cli_bench.VERBS,
     **cli_speed.VERBS,
     **cli_tables.VERBS,
@@ -133,7 +123,7 @@ VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     "quickstart": quickstart,
 }
 # Modules of verbs that say how their arguments and results look.
-_GROUPS = (cli_use, cli_models, cli_bench, cli_speed, cli_tables)
+_GROUPS = (cli_use, cli_search, cli_figures, cli_models, cli_calibrate, cli_bench, cli_speed, cli_tables)
 _POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR", "explain": "RUN_DIR", "table": "NUMBER"}
 
 

@@ -1,4 +1,4 @@
-"""Take models in: trips import."""
+"""Take models in and hand them out: trips import, trips export."""
 
 from __future__ import annotations
 
@@ -77,7 +77,63 @@ def import_(
     )
 
 
-VERBS: dict[str, Callable[..., Any]] = {"import": import_}
+def export(
+    run: str,
+    out: str,
+    *,
+    format: Literal["torch", "onnx"] = "onnx",
+    part: Literal["question_states", "answers", "match", "features", "classes"] | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    text_length: int | None = None,
+    layers: list[int] | None = None,
+    keep_rate: float | None = None,
+    guide: Literal["text", "image", "similarity", "none"] | None = None,
+    opset: int = 18,
+    as_json: bool = False,
+) -> Any:
+    """Write a trained model as a file for other runtimes, at fixed keep rates, and compare the file with the model.
+
+    The file takes pixel_values, input_ids and attention_mask, and gives the result and the patches that every location
+    keeps. A JSON file beside it says shapes, settings and the largest difference that random batches have shown.
+
+    Args:
+        run: folder of a finished run, a saved model's folder, or a name on the hub.
+        out: file to write.
+        format: "onnx", or "torch" for torch.export.load.
+        part: what to compute; by default question_states, match or classes, as the model has it. "answers" ranks the
+            run's candidates.
+        batch_size: pairs of a call; any number by default.
+        image_size: pixels along a side; by default those of the training.
+        text_length: tokens that texts are padded to; by default the longest of the training.
+        layers: where to select, as [5,10]; by default as trained, like the next two.
+        keep_rate: share of the patches to keep there.
+        guide: who selects.
+        opset: of ONNX.
+        as_json: print one JSON object for machines.
+    """
+    from trips.export import export_model
+    from trips.saved import open_saved
+
+    saved = open_saved(run, "cpu")
+    chosen = {"layers": layers, "keep_rate": keep_rate, "guide": guide}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return export_model(
+        saved.model,
+        out,
+        format,
+        part=part,
+        batch_size=batch_size,
+        image_size=image_size,
+        text_length=text_length,
+        selection=saved.model.config.selection.replace(**chosen) if chosen else None,
+        answers=saved.answers if part == "answers" else None,
+        processor=saved.processor,
+        opset=opset,
+    )
+
+
+VERBS: dict[str, Callable[..., Any]] = {"import": import_, "export": export}
 
 
 def add_arguments(name: str, command: ArgumentParser) -> None:
@@ -90,8 +146,34 @@ def render(name: str, result: Any) -> RenderableType:
     table = Table(title=f"trips {name}", title_justify="left")
     table.add_column("what")
     table.add_column("value", overflow="fold")
+    for what, value in (_exported if name == "export" else _imported)(result).items():
+        table.add_row(what, Text(value))
+    return table
+
+
+def _exported(result: Any) -> dict[str, str]:
+    shapes = {
+        kind: "\n".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in values.items())
+        for kind, values in (("inputs", result.inputs), ("outputs", result.outputs))
+    }
+    kept = [
+        f"{count} patches at layer {layer} (rate {rate:g})"
+        for layer, rate, count in zip(result.layers, result.keep_rates, result.kept)
+    ]
+    return {
+        "model": f"{result.model}, {result.part}",
+        "written to": f"{result.written_to}\n{result.written_to}.json",
+        "format": result.format if result.opset is None else f"{result.format}, opset {result.opset}",
+        **shapes,
+        "kept": "\n".join(kept) or "everything",
+        "compared": f"{result.batches} random batches; largest difference {result.max_difference:.1e}"
+        + ("; the same patches kept" if result.kept else ""),
+    }
+
+
+def _imported(result: Any) -> dict[str, str]:
     report = result.report
-    rows = {
+    return {
         "kind": result.kind,
         "model": result.model,
         "written to": result.written_to,
@@ -102,6 +184,3 @@ def render(name: str, result: Any) -> RenderableType:
         "initialised": "\n".join(report.initialised) or "none",
         "ignored": "\n".join(report.ignored) or "none",
     }
-    for what, value in rows.items():
-        table.add_row(what, Text(value))
-    return table

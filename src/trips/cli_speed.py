@@ -47,7 +47,7 @@ def speed(
     Both sides take turns in one process, with the same weights, precision and mode, and a ratio is the median over the
     turns. In inference weights are cast to the precision; training keeps float32 weights under autocast.
     """
-    from trips.bench.cells import SpeedPlan
+    from trips.bench.plan import SpeedPlan
     from trips.bench.speed import measure_speed
     from trips.bench.speed_report import check_picture
 
@@ -63,7 +63,7 @@ def speed(
         modes=tuple(modes or ["eager"]),
         part=part,
         precision=precision,
-        text_length=text_length or length,
+        text_length=length if text_length is None else text_length,
         rounds=rounds,
         max_batch=max_batch,
         equal_time=equal_time,
@@ -111,8 +111,8 @@ def advise(
         opened,
         goal,
         presets,
-        image_size=image_size or size,
-        text_length=text_length or length,
+        image_size=size if image_size is None else image_size,
+        text_length=length if text_length is None else text_length,
         modes=modes,
         precision=precision,
         rounds=rounds,
@@ -190,6 +190,8 @@ def _open(
     from trips.saved import open_saved
 
     if threads is not None:
+        if threads < 1:
+            raise ConfigError("must be positive", item="threads", found=threads)
         torch.set_num_threads(threads)
     if model is None:
         opened, size, length = random_model(config).to(choose_device(device)), _SIZES[config], 40

@@ -49,18 +49,22 @@ def table(
     """
     from trips.paper.cells import CellStore
     from trips.paper.table_text import write_table
-    from trips.paper.tables import paper_table, speed_source, with_accuracy, with_speed
+    from trips.paper.tables import check_accuracy, paper_table, speed_source, with_accuracy, with_speed
 
     if overrides and (accuracy is None or accuracy == "scenes"):
         raise ConfigError("replaces a key of a recipe, and none is named", item=overrides[0], hint="--accuracy=RECIPE")
     result = paper_table(number, runs or ())
     folder = Path(out if out is not None else f"runs/table_{number}")
+    trained = None
+    if accuracy is not None:  # its mistakes show before anything is timed
+        seeds = [0] if seeds is None else seeds
+        check_accuracy(number, seeds)
+        trained, key = _accuracy_source(accuracy, folder, overrides)
     if speed:
         source = speed_source(number, batch_sizes or (1, 4), rounds)
         result = with_speed(result, source, CellStore(folder / "cells", source.key))
-    if accuracy is not None:
-        trained, key = _accuracy_source(accuracy, folder, overrides)
-        result = with_accuracy(result, trained, CellStore(folder / "cells", key), seeds if seeds is not None else (0,))
+    if trained is not None:
+        result = with_accuracy(result, trained, CellStore(folder / "cells", key), seeds)
     if out is not None or speed or accuracy is not None:
         write_table(result, folder)
         _draw(result, folder)

@@ -8,10 +8,11 @@ patches without [CLS], r a keep rate, k = ceil(r n) the number of tokens kept of
 from __future__ import annotations
 
 import operator
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, PreTrainedConfig
 
+from trips.architecture import check_architecture, check_single_stream
 from trips.errors import ConfigError
 from trips.options import (
     Architecture,
@@ -51,7 +52,6 @@ __all__ = [
     "WidthMap",
     "bert_variant",
     "check_locations",
-    "check_single_stream",
     "merging_rounds",
     "num_kept",
     "selection_placement",
@@ -154,25 +154,6 @@ def check_locations(selection: SelectionConfig, num_layers: int) -> None:
         )
 
 
-def check_single_stream(selection: SelectionConfig, pretraining: PretrainingConfig | None = None) -> None:
-    """Raise `ConfigError` for what has no meaning where one stack reads words and patches (TRIPS-S)."""
-    guides = "text (the multimodal [CLS]) | random | similarity | none"
-    wrong = [("selection.guide", selection.guide, "image", "an image has no [CLS] of its own", guides)]
-    wrong.append(
-        ("selection.learning", selection.learning, "distill", "no fusion encoder teaches the guide", "literal | gate")
-    )
-    if pretraining is not None:
-        for name, value, reason, expected in (
-            ("itc_guide", "text", "the joint [CLS] has read the caption", "image | none"),
-            ("itm_guide", "reuse", "an image has no states without the text of its pair", "anew"),
-            ("mlm_guide", "full", "an image has no states without the text of its pair", "masked"),
-        ):
-            wrong.append((f"pretraining.{name}", getattr(pretraining, name), value, reason, expected))
-    for item, found, refused, reason, expected in wrong:
-        if found == refused:
-            raise ConfigError(f"{reason} in a single-stream model", item=item, found=found, expected=expected)
-
-
 def _as_config(value: Any, default: PreTrainedConfig, name: str) -> PreTrainedConfig:
     if value is None:
         return default
@@ -209,10 +190,12 @@ class TripsConfig(PreTrainedConfig):
         reasoning: `ReasoningConfig` or its fields as a mapping.
         initializer_range: standard deviation of new weights of the fusion encoder and heads; default the text
             encoder's.
+        calibrated_layers: 1-based vision layers that hold a fitted map from t_cls to the guide's query, which
+            ``selection.guide_query="calibrated"`` uses; `trips.calibrate` makes them.
 
     Raises:
         ConfigError: locations beyond the last layer; text and fusion widths differ; text width unlike vision width
-            while ``selection.width_map`` is "equal" or in TRIPS-S; what `check_single_stream` refuses.
+            while ``selection.width_map`` is "equal" or in TRIPS-S; what `trips.architecture` refuses.
     """
 
     model_type = "trips"
@@ -232,6 +215,7 @@ class TripsConfig(PreTrainedConfig):
     reasoning: Any = None
     initializer_range: float | None = None
     architecture: Architecture = "dual"
+    calibrated_layers: Any = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
         clip_base = CLIPVisionConfig(patch_size=16, image_size=256)
@@ -251,6 +235,7 @@ class TripsConfig(PreTrainedConfig):
             self.initializer_range = self.text_config.initializer_range
         check_locations(self.selection, self.vision_config.num_hidden_layers)
         self._check_widths()
+        self._check_calibration()
         self._check_architecture()
         super().__post_init__(**kwargs)
 
@@ -283,24 +268,32 @@ class TripsConfig(PreTrainedConfig):
                 hint='set selection.width_map="orthogonal" for a fixed map',
             )
 
-    def _check_architecture(self) -> None:
-        if self.architecture not in get_args(Architecture):
+    def _check_calibration(self) -> None:
+        self.calibrated_layers = SelectionConfig(layers=self.calibrated_layers).layers  # the same rules
+        check_locations(SelectionConfig(layers=self.calibrated_layers), self.vision_config.num_hidden_layers)
+        if self.calibrated_layers and self.architecture == "single":
             raise ConfigError(
-                "unknown value",
-                item="architecture",
-                found=self.architecture,
-                expected=" | ".join(get_args(Architecture)),
+                "a single-stream model has no text guide to calibrate",
+                item="calibrated_layers",
+                found=self.calibrated_layers,
+                expected="none",
             )
+        selection = self.selection
+        if selection.guide_query == "calibrated" and selection.guide == "text":
+            if missing := sorted(set(selection.layers) - set(self.calibrated_layers)):
+                raise ConfigError(
+                    "these layers hold no calibrated query",
+                    item="selection.layers",
+                    found=missing,
+                    expected=self.calibrated_layers,
+                    hint='trips.calibrate, or selection.guide_query="layer"',
+                )
+
+    def _check_architecture(self) -> None:
+        check_architecture(self.architecture)
         if self.architecture == "dual":
             return
-        check_single_stream(self.selection, self.pretraining)
-        if self.reasoning.fusion != "merge":
-            raise ConfigError(
-                "a single-stream model has no fusion encoder",
-                item="reasoning.fusion",
-                found=self.reasoning.fusion,
-                expected="the default, merge",
-            )
+        check_single_stream(self.selection, self.pretraining, self.reasoning)
         if (text := self.text_config.hidden_size) != self.vision_config.hidden_size:
             raise ConfigError(
                 "words and patches of a single-stream model share one width",

@@ -15,10 +15,11 @@ import torch
 from trips.errors import ConfigError
 
 
-def describe_environment() -> dict[str, Any]:
-    """Hardware, versions, commit and time of this process."""
+def describe_environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Hardware, versions, commit and time of this process; `device` computes, else the GPU if there is one."""
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name(),
+        "device": torch.cuda.get_device_name(device) if gpu else _processor_name(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "system": f"{platform.system()} {platform.machine()}",

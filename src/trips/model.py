@@ -7,7 +7,13 @@ Dimensions: I images, B texts, L text tokens, E image tokens that come out, D wi
 
 from __future__ import annotations
 
+import importlib
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +26,8 @@ from trips.fusion import FusionEncoder, bidirectional_mask
 from trips.processor import TripsProcessor
 from trips.selection import Selection
 from trips.vision import VisionEncoder, VisionPrefix
+
+_PUSH_ARGUMENTS = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr")
 
 
 @dataclass
@@ -54,6 +62,52 @@ class TripsPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["BertLayer", "CLIPEncoderLayer", "ViTLayer", "Dinov2Layer"]
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers' own; a model card (README.md) is left beside the weights where there is none."""
+        push = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process:
+            _cards().write_model_card(save_directory, self.config, type(self).__name__)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(push.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **push)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str = "50GB",
+        **commit: Any,
+    ) -> str:
+        """Upload the model with its card, which is that of the folder it was loaded from where there is one.
+
+        transformers would put a card of its own in its place.
+
+        Args:
+            repo_id: name on the hub. private, token: as in transformers.
+            commit: ``commit_message``, ``commit_description``, ``revision``, ``create_pr``.
+        Returns:
+            Address of the commit.
+        """
+        cards = _cards()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            cards.take_card(self.name_or_path, folder)
+            return cards.push_folder(folder, repo_id, private=private, token=token, **commit)
+
+
+def _cards() -> ModuleType:
+    """`trips.model_card`, which knows costs and so stands above the models; imported when something is saved."""
+    return importlib.import_module("trips.model_card")
+
 
 class TripsModel(TripsPreTrainedModel):
     """Text encoder, vision encoder with patch selection, fusion encoder.
@@ -72,7 +126,9 @@ class TripsModel(TripsPreTrainedModel):
                 hint="trips.single_stream.TripsSingleStreamModel",
             )
         self.text = BertModel._from_config(config.text_config, add_pooling_layer=False)
-        self.vision = VisionEncoder(config.vision_config, config.selection, config.text_config.hidden_size)
+        self.vision = VisionEncoder(
+            config.vision_config, config.selection, config.text_config.hidden_size, config.calibrated_layers
+        )
         self.fusion = self._build_fusion(config)
         self.post_init()
 

@@ -17,6 +17,7 @@ from trips.errors import ConfigError
 Guide = Literal["text", "image", "random", "similarity", "none"]
 Score = Literal["states", "raw_states", "keys"]
 QueryNorm = Literal["layer", "none"]
+GuideQuery = Literal["layer", "calibrated"]
 Heads = Literal["full", "per_head"]
 Inattentive = Literal["fuse", "renormalise", "drop"]
 Learning = Literal["literal", "gate", "distill"]
@@ -94,6 +95,8 @@ class SelectionConfig(Options):
             layers, heads and words says clearly which patches matter most, but puts little weight on them.
         width_map: text width unlike vision width: "equal" is an error, "orthogonal" a fixed seeded
             semi-orthogonal map, a buffer without parameters.
+        guide_query: "layer" sends the text through the layer's own W_q; "calibrated" makes its query by the map that
+            `trips.calibrate` has fitted for the layer (beyond the paper). Of no effect on other guides.
 
     Raises:
         ConfigError: a value outside its range; the error names the field.
@@ -113,6 +116,7 @@ class SelectionConfig(Options):
     distill_weight: float = 1.0
     distill_temperature: float = 1.0
     width_map: WidthMap = "equal"
+    guide_query: GuideQuery = "layer"
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):

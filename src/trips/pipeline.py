@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import BatchFeature
 from trips.answering import Answer, Candidates, write_answers
 from trips.config import SelectionConfig
 from trips.errors import ConfigError
+from trips.explanation import Explanation, explain_texts
 from trips.images import ImageSource
 from trips.model import TripsPreTrainedModel
 from trips.processor import TripsProcessor
@@ -25,10 +26,13 @@ from trips.processor_checks import image_list, positive_int, string_list
 from trips.saved import open_saved
 from trips.vision import VisionPrefix
 
+if TYPE_CHECKING:
+    from trips.search.index import ImageIndex
+
 # What can be done with the model of each class; by name, so that no class is imported that is not used.
 _VERBS = {
     "TripsForQuestionAnswering": ("ask",),
-    "TripsForImageTextRetrieval": ("score", "similarity"),  # that for pre-training is one of these
+    "TripsForImageTextRetrieval": ("score", "similarity", "index"),  # that for pre-training is one of these
     "TripsForVisualReasoning": ("verify",),
 }
 
@@ -228,6 +232,40 @@ class TripsPipeline:
         found = self._in_batches(judge, encoded["input_ids"], encoded["attention_mask"]).tolist()
         return found[0] if isinstance(sentence, str) else found
 
+    @overload
+    def explain(self, image: ImageSource, text: str, *, selection: SelectionConfig | None = ...) -> Explanation: ...
+    @overload
+    def explain(self, image: ImageSource, text: Sequence[str],
+                *, selection: SelectionConfig | None = ...) -> list[Explanation]: ...  # fmt: skip
+    def explain(
+        self, image: ImageSource, text: str | Sequence[str], *, selection: SelectionConfig | None = None
+    ) -> Explanation | list[Explanation]:
+        """Which patches of an image a text keeps behind every selection layer, with their scores; for every task.
+
+        Args:
+            image: the picture. text: one, or several about the same picture.
+        Returns:
+            what can be drawn, ``explain(...).save("kept.png")``, and read, ``explain(...).record()``.
+        Raises:
+            ConfigError: a model or `selection` that keeps every patch. DataError: see `score`.
+        """
+        self._check_selection(selection)
+        texts = [text] if isinstance(text, str) else string_list(text, "text")
+        found = explain_texts(self.model, self.processor, image, texts, selection, batch_size=self.batch_size)
+        return found[0] if isinstance(text, str) else found
+
+    def index(self, folder: str | Path, **options: Any) -> ImageIndex:
+        """Index a folder of photos, or bring its index up to date; then ``.search("a clean kitchen")`` finds them.
+
+        Args:
+            folder: images, in folders and WebDataset tars; or one tar.
+            options: of `trips.search.index.ImageIndex.build`, as are the errors.
+        """
+        from trips.search.index import ImageIndex  # FAISS is an extra
+
+        self._check("index", None)
+        return ImageIndex.build(folder, self, **options)
+
     def __call__(
         self,
         image: ImageSource | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -262,6 +300,10 @@ class TripsPipeline:
         if verb not in self.verbs:
             able = " and ".join(f"{name}()" for name in self.verbs)
             raise ConfigError(f"a model of this task has no {verb}()", item=type(self.model).__name__, expected=able)
+        self._check_selection(selection)
+
+    @staticmethod
+    def _check_selection(selection: object) -> None:
         if selection is not None and not isinstance(selection, SelectionConfig):
             raise ConfigError(
                 "not a setting", item="selection", found=type(selection).__name__, expected="a SelectionConfig"

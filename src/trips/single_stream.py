@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BertModel
 
-from trips.config import SelectionConfig, TripsConfig, bert_variant, check_locations, check_single_stream, num_kept
+from trips.architecture import check_single_stream
+from trips.config import SelectionConfig, TripsConfig, bert_variant, check_locations, num_kept
 from trips.errors import ConfigError, ShapeError
 from trips.merging import merge_patches
 from trips.model import TripsModel, TripsOutput, TripsPreTrainedModel
@@ -39,7 +40,7 @@ class TripsSingleStreamModel(TripsPreTrainedModel):
         config: see `TripsConfig`, with ``architecture="single"``. Of ``text_config`` only the embeddings are built; the
             vision tower is the stack, so that its learning rate is the vision tower's.
     Raises:
-        ConfigError: another architecture, or a setting that has no meaning here (`trips.config.check_single_stream`).
+        ConfigError: another architecture, or a setting that has no meaning here (`trips.architecture`).
     """
 
     def __init__(self, config: TripsConfig) -> None:

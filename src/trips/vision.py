@@ -8,6 +8,7 @@ Dimensions: I images, B texts (rows), N patches, D width, E image tokens that co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from trips.config import SelectionConfig, check_locations, num_kept
 from trips.errors import ConfigError, ShapeError
+from trips.guide_query import CalibratedQueries
 from trips.merging import merge_patches
 from trips.prefix_cache import PrefixCache
 from trips.selection import Selection, relevance_logits, select_patches, semi_orthogonal, straight_through_gate
@@ -76,9 +78,16 @@ class VisionEncoder(nn.Module):
         config: configuration of the tower.
         selection: the default setting; every call can take another.
         guide_width: width of the text [CLS]; other than the tower's only with ``selection.width_map="orthogonal"``.
+        calibrated_layers: 1-based layers with a calibrated query.
     """
 
-    def __init__(self, config: PreTrainedConfig, selection: SelectionConfig, guide_width: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        selection: SelectionConfig,
+        guide_width: int | None = None,
+        calibrated_layers: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.tower = build_tower(config)
         self.selection = selection
@@ -88,6 +97,7 @@ class VisionEncoder(nn.Module):
             self.register_buffer("guide_map", semi_orthogonal(guide_width, config.hidden_size))
         else:
             self.guide_map = None
+        self.calibration = CalibratedQueries(calibrated_layers, guide_width or config.hidden_size, config.hidden_size)
 
     @property
     def reader(self) -> TowerReader:
@@ -267,25 +277,39 @@ class VisionEncoder(nn.Module):
         generator: torch.Generator | None,
     ) -> Tensor:
         """(B, n) logits of the guide over the candidates of one layer; one query row, no attention map."""
-        reader = self.reader
         if selection.guide == "random":
             shape = (states.shape[0], states.shape[1] - 1)
             return torch.randn(shape, generator=generator, device=states.device, dtype=torch.float32)
+        query = self._query(index, states, text_cls, selection)
+        heads = self.config.num_attention_heads if selection.heads == "per_head" else 1
+        return relevance_logits(query, self.scored(index, states, selection), heads)
+
+    def scored(self, index: int, states: Tensor, selection: SelectionConfig) -> Tensor:
+        """(B, n, D) what a guide's query meets at a layer (0-based), from (B, 1 + n, D) behind its self-attention."""
         patches = states[:, 1:]
         if selection.score == "states":
-            patches = reader.normed(index, patches)
-        elif selection.score == "keys":
-            patches = reader.keys(index, patches)
-        query = reader.query(
-            index, self._guide(states, text_cls, selection), through_norm=selection.query_norm == "layer"
-        )
-        heads = self.config.num_attention_heads if selection.heads == "per_head" else 1
-        return relevance_logits(query, patches, heads)
+            return self.reader.normed(index, patches)
+        return self.reader.keys(index, patches) if selection.score == "keys" else patches
 
-    def _guide(self, states: Tensor, text_cls: Tensor | None, selection: SelectionConfig) -> Tensor:
-        """(B, D) who asks: the text [CLS], or the image [CLS] of the same sequence."""
+    def _query(self, index: int, states: Tensor, text_cls: Tensor | None, selection: SelectionConfig) -> Tensor:
+        """(B, D) the query of who asks: the text [CLS], or the image [CLS] of the same sequence."""
         if selection.guide == "image":
-            return states[:, 0]
+            return self.reader.query(index, states[:, 0], through_norm=selection.query_norm == "layer")
+        self._check_text(states, text_cls)
+        return self.text_query(index, text_cls, selection)
+
+    def text_query(self, index: int, text_cls: Tensor, selection: SelectionConfig) -> Tensor:
+        """(B, D) the query of a text at a layer (0-based): t_cls through W_q, or through its calibrated map."""
+        if selection.guide_query == "calibrated":
+            return self.calibration(index + 1, text_cls)
+        if self.guide_map is not None:
+            text_cls = text_cls @ self.guide_map.to(text_cls.dtype)
+        if (width := self.config.hidden_size) != text_cls.shape[1]:
+            raise ShapeError("text width unlike vision width", item="text_cls", found=text_cls.shape[1], expected=width)
+        return self.reader.query(index, text_cls, through_norm=selection.query_norm == "layer")
+
+    @staticmethod
+    def _check_text(states: Tensor, text_cls: Tensor | None) -> None:
         if text_cls is None:
             raise ConfigError("the text guides, but no text [CLS] was given", item="text_cls", expected="(B, D)")
         if text_cls.ndim != 2 or text_cls.shape[0] != states.shape[0]:
@@ -295,10 +319,3 @@ class VisionEncoder(nn.Module):
                 found=tuple(text_cls.shape),
                 expected=f"({states.shape[0]}, D)",
             )
-        if self.guide_map is not None:
-            text_cls = text_cls @ self.guide_map.to(text_cls.dtype)
-        if text_cls.shape[1] != states.shape[2]:
-            raise ShapeError(
-                "text width unlike vision width", item="text_cls", found=text_cls.shape[1], expected=states.shape[2]
-            )
-        return text_cls

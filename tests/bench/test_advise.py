@@ -70,15 +70,15 @@ def test_each_side_takes_its_fastest_mode() -> None:
     assert [(each.locations, each.mode) for each in refused] == [((2, 4), "eager")]
 
 
-def test_noise_alone_refuses_nothing() -> None:
+def test_a_median_below_one_is_refused_noise_or_not() -> None:
     timings = {
         (BASELINE, "eager"): Timing((1.0, 1.1, 0.9, 1.0, 1.05)),
         (0, "eager"): Timing((1.02, 1.0, 1.03, 0.95, 1.1)),
         (1, "eager"): Timing((2.0, 2.2, 1.8, 2.0, 2.1)),
     }
     offered, refused, _ = decide(timings, [MILD, HARSH], TOKENS, Goal())
-    assert layers(offered) == [(), (6, 12)] and layers(refused) == [(2, 4)]
-    assert offered[1].ratio_low < 1 < offered[1].ratio_high
+    assert layers(offered) == [()] and layers(refused) == [(6, 12), (2, 4)]
+    assert refused[0].ratio_low < refused[0].measured_ratio < 1 < refused[0].ratio_high
 
 
 @given(

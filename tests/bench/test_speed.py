@@ -15,15 +15,25 @@ from tiny import images, randomise, texts, tiny_config, tiny_vqa_model
 
 import trips
 from trips import cli
-from trips.bench import cells
-from trips.bench.cells import Bench, SpeedPlan, Variant
+from trips.bench import measurement
 from trips.bench.flops import count_flops
+from trips.bench.measurement import Bench, Variant
 from trips.bench.methods import METHODS
+from trips.bench.plan import SpeedPlan
 from trips.bench.speed import measure_speed
 from trips.bench.speed_report import SpeedReport, SpeedRow
-from trips.bench.subjects import Inputs, build_subject, check_precision, make_inputs, pair_model, random_model
+from trips.bench.subjects import (
+    Inputs,
+    build_subject,
+    check_precision,
+    inference,
+    make_inputs,
+    pair_model,
+    random_model,
+)
 from trips.bench.timing import Timing
 from trips.config import SelectionConfig
+from trips.environment import describe_environment
 from trips.errors import ConfigError, UnsupportedModelError
 from trips.model import TripsModel
 from trips.single_stream import build_encoder
@@ -54,6 +64,25 @@ def test_subjects_run_the_model_on_the_input_of_their_number(model: TripsModel, 
             expected = model.vision(given.pixel_values, given.text_cls, BASE).last_hidden_state
             torch.testing.assert_close(seen(number), expected, atol=1e-5, rtol=1e-4)
         assert not run(0).requires_grad
+    torch.compiler.reset()
+
+
+def test_every_subject_is_compiled_however_many_there_are(monkeypatch) -> None:
+    """torch itself stops at eight graphs of the same lines and runs the others eagerly, with a warning at most."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def times(factor: float) -> Any:
+        return lambda given: given * factor
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    subjects = [inference(times(float(factor)), [(torch.ones(2),)], "compiled") for factor in range(12)]
+    for _ in range(2):
+        assert [float(run(0)[0]) for run in subjects] == list(range(12))
+    assert len(graphs) == 12
     torch.compiler.reset()
 
 
@@ -106,7 +135,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_json_has_a_row_for_every_cell_and_subject(spoken: dict[str, Any]) -> None:
-    assert set(spoken) == {"environment", "commit", "model", "plan", "rows"}
+    assert set(spoken) == {"environment", "commit", "model", "baseline", "plan", "rows"}
     assert spoken["environment"]["torch"] == torch.__version__ and spoken["commit"] == spoken["environment"]["commit"]
     assert spoken["model"]["vision"] == {"type": "clip_vision_model", "width": 64, "layers": 12, "patch_size": 16}
     assert spoken["plan"]["rounds"] == 2 and spoken["plan"]["text_length"] == 7
@@ -157,12 +186,37 @@ def test_benchmark_of_a_model_that_someone_trains() -> None:
     row = report.rows[0]
     assert (row.px, row.method, row.locations, row.keep_rates) == (32, "text", (2, 3), (0.5, 0.5))
     table = report.table()
+    assert report.baseline == "no selection" and "base is no selection" in table
     assert "[2,3] x 0.5" in table and "16 patches; layer 2: 16 in, 8 kept + 1 fused; layer 3: 9 in, 5 kept + 1" in table
     wrapped = SimpleNamespace(model=model)  # as a pipeline holds it
     other = trips.benchmark(wrapped, BASE.replace(keep_rate=0.25), (1,), text_length=LENGTH, rounds=1, part="vision")
     assert other.rows[0].exact_ratio < 1 < row.exact_ratio  # the baseline keeps less here
+    assert other.baseline == "TripsModel, text [2,3] x 0.25,0.25" and f"base is {other.baseline}" in other.table()
     bigger = randomise(TripsModel(tiny_config(num_layers=8, guide="none")))
-    assert trips.benchmark(model, bigger, (1,), text_length=LENGTH, rounds=1).rows[0].exact_ratio > 1.3
+    report = trips.benchmark(model, bigger, (1,), text_length=LENGTH, rounds=1)
+    assert report.rows[0].exact_ratio > 1.3 and report.baseline == "TripsModel without selection"
+
+
+def test_a_baseline_that_takes_other_inputs_is_refused(model: TripsModel) -> None:
+    config = tiny_config()
+    config.text_config.vocab_size += 1
+    with pytest.raises(ConfigError, match="baseline: text_config.vocab_size"):
+        trips.benchmark(model, TripsModel(config), (1,), text_length=LENGTH)
+    with pytest.raises(ConfigError, match="baseline: dtype.*bfloat16.*float32"):
+        trips.benchmark(model, TripsModel(tiny_config()).bfloat16(), (1,), text_length=LENGTH)
+
+
+def test_the_device_that_is_named_is_the_one_that_computed(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert describe_environment()["device"] == "GPU None"
+    assert describe_environment(torch.device("cuda", 1))["device"] == "GPU cuda:1"
+    assert "GPU" not in describe_environment(torch.device("cpu"))["device"]
+    report = measure_speed(
+        randomise(TripsModel(tiny_config())),
+        SpeedPlan((BASE,), (SIZE,), batch_sizes=(1,), text_length=LENGTH, rounds=1),
+    )
+    assert "GPU" not in report.environment["device"]
 
 
 def test_other_models_stand_beside() -> None:
@@ -215,12 +269,13 @@ def test_equal_time_finds_the_setting_on_the_measured_clock(model: TripsModel, m
             for number, variant in enumerate(variants)
         }
 
-    monkeypatch.setattr(cells, "interleave", interleave)
+    monkeypatch.setattr(measurement, "interleave", interleave)
     monkeypatch.setattr(Bench, "subjects", fake)
     plan = SpeedPlan((SelectionConfig(layers=(2,), keep_rate=0.8),), (80,), ("text", "image", "random"))
     found = Bench(model, plan).at_equal_time(80, 1)
     # of 100 patches 80 + 1 stay; the image's guide affords 40 + 1 at twice the time, the random one as many
     assert [(each.method.name, each.base.keep_rate, each.equal) for each in found] == [
+        ("text", 0.8, "time"),
         ("image", 0.4, "time"),
         ("random", 0.8, "time"),
     ]
@@ -230,7 +285,7 @@ def test_a_row_says_what_the_clock_said(model: TripsModel, monkeypatch) -> None:
     def interleave(subjects: dict[str, Any], rounds: int, **options: Any) -> dict[str, Timing]:
         return {name: Timing((0.4 / 4 ** int(name),) * (rounds - 1) + (0.8 / 4 ** int(name),)) for name in subjects}
 
-    monkeypatch.setattr(cells, "interleave", interleave)
+    monkeypatch.setattr(measurement, "interleave", interleave)
     plan = SpeedPlan((BASE,), (SIZE,), ("text", "image"), batch_sizes=(2,), part="vision", text_length=LENGTH)
     for number, row in enumerate(measure_speed(model, plan).rows, start=1):
         times = (row.baseline_ms, row.subject_ms, row.baseline_p95_ms, row.subject_p95_ms)
@@ -264,6 +319,10 @@ def test_largest_batch_counts_all_subjects(model: TripsModel, monkeypatch) -> No
         ({"methods": ("luck",)}, "methods"),
         ({"peers": ("vilt",), "part": "train"}, "part"),
         ({"peers": ("magic",)}, "peers.*transformers"),
+        ({"equal_time": True}, "equal_time.*no other method"),
+        ({"methods": ("text", "none"), "equal_time": True}, "equal_time.*no other method"),
+        ({"text_length": 0}, "text_length"),
+        ({"max_batch": 0}, "max_batch"),
     ],
 )
 def test_plans_that_cannot_be(options: dict[str, Any], word: str) -> None:
@@ -312,6 +371,10 @@ def test_graphs_replay_on_new_inputs() -> None:
         (["--plot", "/no/such/folder/speed.png"], ["plot", "/no/such/folder"]),
         (["--plot", "speed.xyz"], ["plot", "xyz", "png"]),
         (["--peers", "magic"], ["peers", "magic"]),
+        (["--threads", "0"], ["threads", "0"]),
+        (["--max_batch", "0"], ["max_batch", "0"]),
+        (["--text_length", "0"], ["text_length", "0"]),
+        (["--equal_time"], ["equal_time", "random"]),
     ],
 )
 def test_mistakes_are_one_line(options: list[str], parts: list[str], capsys) -> None:

@@ -56,7 +56,7 @@ def test_albef_through_the_command_line(tmp_path, words, kind, capsys) -> None:
     assert saved.model.config.selection.layers == (2, 3) and saved.model.config.selection.keep_rate == 0.5
     assert saved.processor.image_size == (32, 32) and tuple(saved.processor.image_mean) == CLIP_MEAN
     assert not saved.processor.add_sep and saved.model.config.decoder_config.eos_token_id == 3
-    assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors", ".md"}
     ids, mask = texts(2)
     with torch.no_grad():
         text = saved.model.trips.encode_text(ids, mask)

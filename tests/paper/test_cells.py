@@ -12,7 +12,7 @@ from tiny import tiny_bert_config, tiny_vision_config
 from trips.config import SelectionConfig, TripsConfig
 from trips.errors import ConfigError, DataError
 from trips.model import TripsModel
-from trips.paper import tables
+from trips.paper import cells, tables
 from trips.paper.cells import CellStore, sweep
 from trips.paper.settings import Setting
 from trips.paper.speed import SpeedSource
@@ -48,6 +48,17 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     assert second.asked == [("[2] x 0.7", 0), *((setting.name, 1) for setting in SETTINGS)]
     assert [found.of(setting, "accuracy") for setting in SETTINGS] == [{0: 0, 1: 10}, {0: 1, 1: 11}, {0: 2, 1: 12}]
     assert not found.failures and not list(store.folder.glob("*.partial"))
+
+
+def test_a_sweep_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
+    where = {"device": "one", "torch": "2", "commit": "abc", "trips-vlm": None, "date": "whenever"}
+    monkeypatch.setattr(cells, "describe_environment", lambda: dict(where))
+    store = CellStore(tmp_path, "x")
+    found = sweep(Flaky({}), store, SETTINGS[:2], (0,), "accuracy")
+    assert found.environments == ["device one, torch 2, commit abc"]
+    where |= {"device": "two", "date": "later"}
+    found = sweep(Flaky({}), store, SETTINGS, (0,), "accuracy")
+    assert found.environments == ["device one, torch 2, commit abc", "device two, torch 2, commit abc"]
 
 
 def test_a_failed_cell_is_recorded_and_tried_again(tmp_path, caplog):

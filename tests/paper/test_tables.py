@@ -14,6 +14,7 @@ from rich.console import Console
 
 from trips.config import SelectionConfig
 from trips.errors import ConfigError
+from trips.paper import cells
 from trips.paper.cells import CellStore
 from trips.paper.plots import draw_table
 from trips.paper.published import NUMBERS, published_table
@@ -279,3 +280,17 @@ def test_plots(results, tmp_path):
     assert [path.name for path in plain] == ["table_4.png", "table_4.svg"]
     assert Image.open(measured[0]).width > Image.open(plain[0]).width  # a panel more
     assert "<svg" in measured[1].read_text()
+
+
+def test_cells_of_several_machines_are_told_apart(tmp_path, monkeypatch):
+    where = {"device": "one", "commit": "abc"}
+    monkeypatch.setattr(cells, "describe_environment", lambda: dict(where))
+    store = CellStore(tmp_path, "x")
+    result = with_accuracy(paper_table(7), FakeAccuracy(), store)
+    assert result.measured_on == ("device one, commit abc",) and "different conditions" not in markdown(result)
+    assert "Measured on: device one, commit abc." in markdown(result)
+    next(tmp_path.glob("trips-*.json")).unlink()
+    where["device"] = "two"
+    result = with_accuracy(paper_table(7), FakeAccuracy(), store)
+    assert set(result.measured_on) == {"device one, commit abc", "device two, commit abc"}
+    assert "different conditions" in markdown(result)

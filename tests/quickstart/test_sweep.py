@@ -9,7 +9,7 @@ import pytest
 from trips.config import SelectionConfig
 from trips.errors import ConfigError
 from trips.paper.settings import Setting
-from trips.quickstart import stages
+from trips.quickstart import stages, sweep
 from trips.quickstart.plan import QuickstartPlan
 from trips.quickstart.sweep import SceneAccuracy
 
@@ -69,3 +69,22 @@ def test_a_signal_leaves_no_half_trained_figure(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         SceneAccuracy(tmp_path, QuickstartPlan.of("smoke")).measure(Setting("row", SelectionConfig()), 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_warm_up_is_made_anew(tmp_path, monkeypatch):
+    """Of a model that was being written when the signal came nothing is read later."""
+    written = []
+
+    class Model:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            written.append(folder)
+            if len(written) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "warmed_up_model", lambda *_: (Model(), None))
+    source = SceneAccuracy(tmp_path, QuickstartPlan.of("smoke"))
+    with pytest.raises(KeyboardInterrupt):
+        source.warmed_up(1)
+    source.warmed_up(1)
+    assert len(written) == 2 and [folder.suffix for folder in tmp_path.iterdir()] == [""]

@@ -14,22 +14,24 @@ The guides have not been trained to guide. What they cost in accuracy has to be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trips.acceleration.hooks import ATTRIBUTE, CONFIG_KEY, Accelerator
-from trips.acceleration.hosts import Host, host_of
+from trips.acceleration.hosts import Host, TowerParts, host_of
 from trips.acceleration.settings import AccelerationConfig, AccelerationGuide, AccelerationScore, Fallback
-from trips.errors import ConfigError
+from trips.errors import ConfigError, ShapeError
 from trips.options import Inattentive
 from trips.selection import Selection
 
 __all__ = ["AccelerationConfig", "accelerate", "explain_last", "guided_by", "restore"]
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+_TEXT = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives
 
 
 def accelerate(
@@ -67,12 +69,22 @@ def accelerate(
         The model that was given.
     Raises:
         UnsupportedModelError: not one of these classes.
-        ConfigError: accelerated already; a location beyond the last layer; a rate that removes nothing at the
-            resolution of the model; a guide, score or fallback that this model cannot take.
+        ConfigError: accelerated, compiled or wrapped already; a location beyond the last layer; a rate that removes
+            nothing at the resolution of the model; a guide, score or fallback that this model cannot take.
     """
     host = host_of(model)
-    if ATTRIBUTE in model.__dict__:
+    tower = TowerParts(model, host).tower
+    if ATTRIBUTE in model.__dict__ or ATTRIBUTE in tower.__dict__:  # the tower may be that of another model too
         raise ConfigError("accelerated already", item=type(model).__name__, hint="trips.restore(model) first")
+    if not isinstance(tower, PreTrainedModel) or any(
+        module._compiled_call_impl is not None for module in (model, *tower.modules())
+    ):
+        raise ConfigError(
+            "compiled or wrapped already: that would not meet new hooks",
+            item=type(model).__name__,
+            found=type(tower).__name__,
+            hint="accelerate first, then compile or wrap",
+        )
     asked = {
         "layers": layers,
         "keep_rate": keep_rate,
@@ -81,9 +93,13 @@ def accelerate(
         "inattentive": inattentive,
         "fallback": fallback,
     }
-    values = {**(getattr(model.config, CONFIG_KEY, None) or {})}
+    stored = getattr(model.config, CONFIG_KEY, None) or {}
+    if not isinstance(stored, Mapping):
+        raise ConfigError("must be a mapping", item=CONFIG_KEY, found=stored)
+    values = dict(stored)
     if guide is not None and guide != values.get("guide"):
-        values.pop("score", None)  # a stored score belongs to the stored guide
+        values.pop("score", None)  # a stored score belongs to the stored guide, and so does what stands in for it
+        values.pop("fallback", None)
     values.update({name: value for name, value in asked.items() if value is not None})
     accelerator = Accelerator(model, host, _settings(model, host, values))
     accelerator.settings.check_acts(len(accelerator.parts.layers), accelerator.parts.num_patches)
@@ -103,6 +119,8 @@ def restore(model: ModelT) -> ModelT:
 
 def explain_last(model: PreTrainedModel) -> list[Selection]:
     """What the last call kept: one `Selection` per location, in order; the positions are those of the patch grid.
+
+    Of several threads each is told of its own last call.
 
     Raises:
         ConfigError: the model is not accelerated, or no call has passed the hooks (none was made, it failed, or the
@@ -124,15 +142,22 @@ def guided_by(model: PreTrainedModel, **text: Any) -> Iterator[None]:
 
     Args:
         model: accelerated with ``guide="text"``.
-        text: input_ids (B, L) and attention_mask (B, L), one row per image, as the processor gives them.
+        text: input_ids (B, L) and attention_mask (B, L), one row per image, as the processor gives them. It is read
+            once, on entering: in training, enter anew for every step.
     Raises:
-        ConfigError: the model is not accelerated, its guide is not the text, or no input_ids are given.
+        ConfigError: the model is not accelerated, its guide is not the text, no input_ids are given, or what is none
+            of a text. ShapeError: other than a tensor (B, L).
     """
     accelerator = _accelerator(model)
     if accelerator.settings.guide != "text":
         raise ConfigError("does not listen to text", item="guide", found=accelerator.settings.guide, expected="text")
-    if text.get("input_ids") is None:
+    if unknown := sorted(set(text) - set(_TEXT)):
+        raise ConfigError("not of a text", item=unknown[0], expected=" | ".join(_TEXT))
+    ids = text.get("input_ids")
+    if ids is None:
         raise ConfigError("no text to be guided by", item="input_ids", expected="(B, L)")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ShapeError("not a batch of texts", item="input_ids", found=getattr(ids, "shape", ids), expected="(B, L)")
     with accelerator.held(accelerator.text_guide(text)):
         yield
 
@@ -140,7 +165,11 @@ def guided_by(model: PreTrainedModel, **text: Any) -> Iterator[None]:
 def _accelerator(model: PreTrainedModel) -> Accelerator:
     accelerator = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     if accelerator is None:
-        raise ConfigError("not accelerated", item=type(model).__name__, hint="trips.accelerate(model) first")
+        raise ConfigError(
+            "not accelerated",
+            item=type(model).__name__,
+            hint="trips.accelerate(model) first; of a compiled or wrapped model give the one inside",
+        )
     return accelerator
 
 

@@ -198,5 +198,7 @@ class TowerParts:
             return projection(normed)
         width = normed.shape[-1]
         rows = slice(part * width, (part + 1) * width)
+        if type(projection) is not nn.Linear or "forward" in vars(projection):  # adapted, quantised or offloaded
+            return projection(normed)[..., rows]
         bias = None if projection.bias is None else projection.bias[rows]
         return functional.linear(normed, projection.weight[rows], bias)

@@ -20,6 +20,11 @@ from trips.acceleration.settings import AccelerationScore
 from trips.errors import ConfigError
 
 
+def _tensor(model: Any, ids: Any) -> Tensor:
+    """(B, L) ids, which BLIP also takes as lists; a tensor stays where it is, as an offloaded model is nowhere."""
+    return ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device=model.device)
+
+
 def as_given(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Text of a method that takes it as forward does."""
     return arguments
@@ -30,7 +35,7 @@ def as_prompt(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if ids is None:
         return arguments
-    ids = torch.as_tensor(ids, device=model.device)[:, :-1].clone()
+    ids = _tensor(model, ids)[:, :-1].clone()
     ids[:, :1] = model.config.text_config.bos_token_id
     return {**arguments, "input_ids": ids, "attention_mask": None if mask is None else mask[:, :-1]}
 
@@ -40,7 +45,7 @@ def blip_text(model: Any, arguments: dict[str, Any], score: AccelerationScore) -
     if (ids := arguments.get("input_ids")) is None:
         return None
     states = model.text_encoder(
-        input_ids=torch.as_tensor(ids, device=model.device),
+        input_ids=_tensor(model, ids),
         attention_mask=arguments.get("attention_mask"),
         return_dict=True,
     ).last_hidden_state

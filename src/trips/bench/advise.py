@@ -2,7 +2,7 @@
 
 At a small batch a forward pass can wait more for its launches than for its products, and a selection then costs more
 than it saves. So every setting is timed in every mode that there is, and stands against no selection in its fastest
-mode; what is slower beyond the noise is refused.
+mode; what is slower in the median of the rounds is refused, noise or not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from trips.bench.cells import Bench, SpeedPlan, Variant
+from trips.bench.measurement import Bench, Variant
 from trips.bench.methods import METHODS, NO_SELECTION, mean_tokens
+from trips.bench.plan import SpeedPlan
 from trips.bench.subjects import Mode, Part, Precision, pair_model
 from trips.bench.timing import Timing, ratio
 from trips.config import SelectionConfig
@@ -77,7 +78,7 @@ class Choice:
         measured_ratio, ratio_low, ratio_high: how many times as fast as no selection in the fastest mode of that,
             within rounds, see `trips.bench.timing.Ratio`.
         mean_tokens: patch tokens that a layer sees on average: the more, the less has been taken away.
-        reaches: the goal. slower: than no selection, beyond the noise.
+        reaches: the goal. slower: than no selection, in the median of the rounds.
     """
 
     locations: tuple[int, ...]
@@ -154,7 +155,7 @@ def decide(
             ratio_high=found.high,
             mean_tokens=tokens[number],
             reaches=goal.reached(timing),
-            slower=found.high < 1,
+            slower=found.median < 1,
         )
         (refused if choice.slower else offered if choice.reaches else missed).append(choice)
     return tuple(tuple(sorted(each, key=lambda choice: -choice.mean_tokens)) for each in (offered, refused, missed))
@@ -213,4 +214,4 @@ def advise(
     if "compiled" in modes:
         torch.compiler.reset()
     best = min((*offered, *missed), key=lambda choice: choice.latency_ms)
-    return Advice(bool(offered), offered, refused, missed, best, goal, size, describe_environment())
+    return Advice(bool(offered), offered, refused, missed, best, goal, size, describe_environment(device))

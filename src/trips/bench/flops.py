@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trips.architecture import check_single_stream
 from trips.bench.products import (
     attention_map_products,
     fusion_products,
@@ -22,7 +23,7 @@ from trips.bench.products import (
     vision_pass,
     word_head_products,
 )
-from trips.config import PretrainingConfig, SelectionConfig, TripsConfig, check_single_stream
+from trips.config import PretrainingConfig, SelectionConfig, TripsConfig
 from trips.errors import ConfigError
 from trips.tasks.passes import VisionPlan
 

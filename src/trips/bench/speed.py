@@ -1,6 +1,6 @@
 """How fast a pair goes through the model with and without selection: latency, throughput, memory, beside exact counts.
 
-`measure_speed` does what a `SpeedPlan` says, `benchmark` what most users want; the work is in `trips.bench.cells`.
+`measure_speed` does what a `SpeedPlan` says, `benchmark` what most users want; `trips.bench.measurement` works.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from trips.bench.cells import Bench, SpeedPlan, Variant
+from trips.bench.measurement import Bench, Variant
 from trips.bench.methods import METHODS
+from trips.bench.plan import SpeedPlan
 from trips.bench.speed_report import SpeedReport
 from trips.bench.subjects import DTYPES, Mode, Part, pair_model
 from trips.config import SelectionConfig
@@ -87,9 +88,22 @@ def _side(model: nn.Module, baseline: Any) -> Variant:
     if isinstance(baseline, SelectionConfig):
         selection = baseline
     else:
-        model = pair_model(baseline)
+        model = _alike(model, pair_model(baseline))
         selection = model.config.selection
     return Variant(model, METHODS[selection.guide], selection)
+
+
+def _alike(model: nn.Module, other: nn.Module) -> nn.Module:
+    """Another model that runs on the same inputs; `ConfigError` if it cannot."""
+    for name, of in (
+        ("device", lambda one: str(next(one.parameters()).device)),
+        ("dtype", lambda one: str(next(one.parameters()).dtype)),
+        ("text_config.vocab_size", lambda one: one.config.text_config.vocab_size),
+        ("vision_config.num_channels", lambda one: one.config.vision_config.num_channels),
+    ):
+        if of(other) != of(model):
+            raise ConfigError("not that of the model", item=f"baseline: {name}", found=of(other), expected=of(model))
+    return other
 
 
 def _report(model: nn.Module, plan: SpeedPlan, baseline: Variant | None) -> SpeedReport:
@@ -102,8 +116,17 @@ def _report(model: nn.Module, plan: SpeedPlan, baseline: Variant | None) -> Spee
     finally:
         for one, training in zip(models, modes):
             one.train(training)
-    environment = describe_environment()
-    return SpeedReport(environment, environment["commit"], describe_model(model), asdict(plan), rows)
+    environment = describe_environment(next(model.parameters()).device)
+    told = "no selection" if baseline is None else describe_side(baseline)
+    return SpeedReport(environment, environment["commit"], describe_model(model), told, asdict(plan), rows)
+
+
+def describe_side(side: Variant) -> str:
+    """A baseline of the caller's in a few words."""
+    if not side.base.active:
+        return f"{type(side.model).__name__} without selection"
+    places, rates = (",".join(f"{value:g}" for value in values) for values in (side.base.layers, side.base.rates))
+    return f"{type(side.model).__name__}, {side.base.guide} [{places}] x {rates}"
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class SpeedRow:
         locations, keep_rates: of the subject's selection, empty without.
         scale: factor on the sides of the image before it was cut into patches.
         equal: what a method has in common with the text-guided one: "tokens" or measured "time".
-        precision, mode, part: see `trips.bench.cells.SpeedPlan`.
+        precision, mode, part: see `trips.bench.plan.SpeedPlan`.
         batch: pairs at once. largest: it is the largest that fits.
         rounds: calls that count.
         baseline_ms, subject_ms: median of a call. Those with p95: what 95 % of calls stay under.
@@ -101,13 +101,15 @@ class SpeedReport:
         environment: hardware, versions, commit, time.
         commit: of the checkout, None for an installed package.
         model: what was timed: class, sizes, parameters.
-        plan: the settings, see `trips.bench.cells.SpeedPlan`.
+        baseline: what it was timed against, in words.
+        plan: the settings, see `trips.bench.plan.SpeedPlan`.
         rows: a subject beside its baseline each.
     """
 
     environment: dict[str, Any]
     commit: str | None
     model: dict[str, Any]
+    baseline: str
     plan: dict[str, Any]
     rows: tuple[SpeedRow, ...]
 
@@ -121,7 +123,7 @@ class SpeedReport:
     def rich_table(self) -> Table:
         """The rows for a terminal."""
         words = f"{self.environment.get('device')}, {self.plan.get('precision')}, {self.plan.get('part')}"
-        table = Table(title=f"{words}; times are medians (95 %), base is without selection", title_justify="left")
+        table = Table(title=f"{words}; times are medians (95 %), base is {self.baseline}", title_justify="left")
         for name in ("px", "method", "setting", "mode", "batch"):
             table.add_column(name)
         for name in ("base, ms", "ms", "pairs/s", "measured", "exact", "peak MiB"):

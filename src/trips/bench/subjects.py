@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -207,8 +208,17 @@ def _arguments(inputs: Inputs, part: Part) -> tuple[Tensor, ...]:
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One graph for one shape: the number of tokens kept is known beforehand."""
-    compiled = torch.compile(function, dynamic=False)
+    """One graph for one shape: the number of tokens kept is known beforehand.
+
+    torch counts the graphs of a code object and runs all beyond the eighth eagerly. All subjects come from the same
+    lines, so each gets a code object of its own.
+    """
+
+    def outer(*arguments: Tensor) -> Tensor:
+        return function(*arguments)
+
+    own = FunctionType(outer.__code__.replace(), outer.__globals__, outer.__name__, None, outer.__closure__)
+    compiled = torch.compile(own, dynamic=False)
 
     def run(*arguments: Tensor) -> Tensor:
         try:

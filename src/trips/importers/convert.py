@@ -100,6 +100,8 @@ def import_checkpoint(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("is in use", item=str(out), expected="a new or empty folder")
+    if (file := next((above for above in out.parents if above.is_file()), None)) is not None:
+        raise ConfigError("lies below a file", item=str(out), found=str(file), expected="a new or empty folder")
     tensors = find_tensors(source, pickled=True)
     found = _kind_of(source if tensors is None else tensors)
     if kind not in ("auto", found):
@@ -115,7 +117,9 @@ def import_checkpoint(
     elif found == "bert":
         model = load_text_tower(read, report, num_heads=num_heads, pickled=True)
     elif text is None:
-        model = load_vision_tower(read, report, image_size=image_size, num_heads=num_heads, activation=activation)
+        model = load_vision_tower(
+            read, report, image_size=image_size, num_heads=num_heads, activation=activation, pickled=True
+        )
     else:
         model, report = build_model_from_towers(
             read, text, TASKS[_TASK_KINDS[task]], num_text_layers=num_text_layers, num_fusion_layers=num_fusion_layers,

@@ -49,8 +49,8 @@ class TensorFile:
 def read_tensors(path: str | Path, *, pickled: bool = False) -> TensorFile:
     """Every tensor of a .safetensors file, or of a .pth, .pt, .bin or .ckpt file of `torch.save`.
 
-    Weights that a training script keeps under "model" or "state_dict" are taken out, and the "module." that
-    data-parallel training puts before every name is removed.
+    Weights that a training script keeps under "model" or "state_dict" are taken out, and what data-parallel training
+    ("module.") and compiling ("_orig_mod.") put before every name is removed.
 
     Args:
         path: the file.
@@ -123,8 +123,9 @@ def _unwrap(path: Path, content: object) -> TensorFile:
     others += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if not tensors:
         raise CheckpointError("holds no named tensors", item=path, found=sorted(map(str, content))[:8])
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # compiled and data-parallel, one in the other either way
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     return TensorFile(path, tensors, sorted(others))
 

@@ -22,6 +22,7 @@ from trips.errors import CheckpointError, ConfigError
 from trips.importers.files import TensorFile
 from trips.importers.naming import Parts, check_shapes, family_of_parts, read_parts, translate
 from trips.importers.positions import square_grid
+from trips.processor_checks import positive_int
 
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -68,8 +69,9 @@ def read_original(
     if len(set(sides)) != 1:
         raise CheckpointError("patches are no squares", item=file.path, found=tuple(sides))
     beside = _open_clip(file.path)
-    num_heads = num_heads or _told_heads(beside, width) or max(width // HEAD_WIDTH, 1)
-    if width % num_heads:
+    if num_heads is None:
+        num_heads = _told_heads(beside, width) or max(width // HEAD_WIDTH, 1)
+    if width % positive_int(num_heads, "num_heads"):
         raise ConfigError("width is no multiple of the heads", item="num_heads", found=(width, num_heads))
     ignored = [*parts.ignored, *file.others]
     grid = _settle_positions(parts, family, file.path, ignored)

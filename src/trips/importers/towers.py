@@ -6,6 +6,7 @@ names of its tensors.
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trips.importers.files import TensorFile, read_tensors
 from trips.importers.originals import HEAD_WIDTH, Activation, original_file, read_original
 from trips.importers.positions import resize_positions
 from trips.importers.report import ImportReport, first_names
+from trips.processor_checks import positive_int
 from trips.towers import family_of
 
 # Parts of public checkpoints that a tower has no place for, by prefix: named in the report, not an error.
@@ -51,6 +53,14 @@ def find_tensors(source: Source, *, pickled: bool = False) -> TensorFile | None:
         return source
     path = Path(source)
     file = original_file(path, pickled=pickled) if path.is_dir() else path
+    if path.is_dir() and file is None and not pickled and not any(path.glob("*.safetensors")):
+        if old := sorted(path.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                "is a pickle, which is only read to be converted",
+                item=old[0],
+                expected=".safetensors",
+                hint=f'"trips import {path.name} FOLDER" writes them',
+            )
     if file is None or not (file.is_file() or file.suffix == ".safetensors"):
         return None
     return read_tensors(file, pickled=pickled)
@@ -179,7 +189,7 @@ def bert_config(
         raise CheckpointError("missing keys", item=file.path, found=first_names(missing))
     words, places, kinds = (state[name] for name in tables)
     width = words.shape[1]
-    num_heads = num_heads or max(width // HEAD_WIDTH, 1)
+    num_heads = max(width // HEAD_WIDTH, 1) if num_heads is None else positive_int(num_heads, "num_heads")
     if width % num_heads:
         raise ConfigError("width is no multiple of the heads", item="num_heads", found=(width, num_heads))
     return BertConfig(
@@ -197,7 +207,7 @@ def bert_config(
 def resize_tower(tower: PreTrainedModel, image_size: int, report: ImportReport | None = None) -> PreTrainedModel:
     """The same tower with the position table of another square of pixels; `ConfigError` if that holds no patch."""
     config = tower.config
-    if image_size < config.patch_size:
+    if positive_int(image_size, "image_size") < config.patch_size:
         raise ConfigError(
             "no patch fits", item="image_size", found=image_size, expected=f"at least {config.patch_size}"
         )
@@ -240,10 +250,15 @@ def _load(
         )
     except TripsError:
         raise
-    except Exception as error:  # transformers, safetensors and the hub client raise what they like here
+    except pickle.UnpicklingError as error:  # torch advises to run what it has refused
         raise CheckpointError(
-            f"weights cannot be read ({str(error).splitlines()[0]})", item=str(name_or_path)
+            "holds objects that are no data, and may run code when read",
+            item=str(name_or_path),
+            hint="nothing of it was run",
         ) from error
+    except Exception as error:  # transformers, safetensors and the hub client raise what they like here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"weights cannot be read ({reason})", item=str(name_or_path)) from error
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(ignored)]
     for problem, keys in (
         ("missing keys", info["missing_keys"]),

@@ -27,14 +27,21 @@ from trips.paper.settings import Setting
 logger = logging.getLogger("trips")
 
 Figures = dict[str, float]
+_TOLD = ("device", "threads", "torch", "transformers", "trips-vlm", "commit")  # of an environment, in one line
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep has: figures by name of the setting and seed, and one line for each cell that failed."""
+    """What a sweep has.
+
+    Attributes:
+        figures: by name of the setting and seed. failures: one line for each cell that failed.
+        environments: on what the figures were measured, each once.
+    """
 
     figures: dict[str, dict[int, Figures]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    environments: list[str] = field(default_factory=list)
 
     def of(self, setting: Setting, key: str) -> dict[int, float]:
         """One figure of a setting by seed; without the cells that failed or do not have it."""
@@ -80,6 +87,14 @@ class CellStore:
             logger.warning("%s: is no cell of a sweep (%s); it is measured anew", path, error)
             return None
 
+    def environment(self, setting: Setting, seed: int) -> str:
+        """On what a finished cell was measured, in words; "unknown" if it does not say."""
+        try:
+            told = json.loads(self.path(setting, seed).read_text(encoding="utf-8"))["environment"]
+            return ", ".join(f"{name} {told[name]}" for name in _TOLD if told.get(name) is not None)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return "unknown"
+
     def write(self, setting: Setting, seed: int, seconds: float, **state: Any) -> None:
         """Store a cell in place of what stands there.
 
@@ -123,6 +138,8 @@ def sweep(
                 figures = _measured(measure, store, setting, seed, needed, found.failures)
             if figures is not None:
                 found.figures.setdefault(setting.name, {})[seed] = figures
+                if (told := store.environment(setting, seed)) not in found.environments:
+                    found.environments.append(told)
     return found
 
 

@@ -58,9 +58,9 @@ class SpeedSource:
 
     @property
     def key(self) -> str:
-        """What stored figures depend on besides the setting: machine, threads, batches."""
+        """What stored figures depend on besides the setting: machine, threads, versions, batches."""
         environment = describe_environment()
-        machine = {name: environment[name] for name in ("device", "threads", "torch")}
+        machine = {name: environment[name] for name in ("device", "threads", "torch", "transformers", "trips-vlm")}
         return f"speed {json.dumps([machine, self.batch_sizes, self.rounds, self.text_length])}"
 
     def measure(self, setting: Setting, seed: int) -> Figures:

@@ -63,6 +63,8 @@ def footnotes(result: TableResult) -> list[str]:
     if result.accuracy:
         lines.append(f"ours: {result.accuracy}, ± standard deviation (seeds)")
     lines += [f"{_MARK} {row.name}: {row.unexplained}" for row in result.rows if row.unexplained]
+    if len(result.measured_on) > 1:
+        lines.append(f"our figures were measured under different conditions: {'; '.join(result.measured_on)}")
     return [*lines, *result.remarks, *(f"FAILED {name}: {error}" for name, error in result.failures.items())]
 
 
@@ -86,7 +88,8 @@ def markdown(result: TableResult) -> str:
     lines += [_line(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
     lines += ["", *(f"- {line}" for line in footnotes(result))]
     told = ", ".join(f"{name} {value}" for name, value in result.environment.items() if value is not None)
-    return "\n".join([*lines, "", f"Ours: {told}.", ""])
+    measured = [f"Measured on: {'; '.join(result.measured_on)}.", ""] if result.measured_on else []
+    return "\n".join([*lines, "", *measured, f"Written by: {told}.", ""])
 
 
 def write_table(result: TableResult, folder: str | Path) -> list[Path]:

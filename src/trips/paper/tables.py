@@ -71,6 +71,8 @@ class TableResult:
         speed: how ours was timed; None where it was not.
         failures: cells that failed, with their error.
         environment: hardware, versions, commit and date of this process.
+        measured_on: hardware, versions and commit of every cell that was measured: one, unless a sweep has gone on
+            elsewhere.
     """
 
     number: int
@@ -81,6 +83,7 @@ class TableResult:
     speed: str | None = None
     failures: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    measured_on: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -117,12 +120,17 @@ def with_accuracy(
     Raises:
         ConfigError: a table that has no accuracies to be reproduced, or no seeds.
     """
-    if result.number < 4:
-        raise ConfigError("only tables 4 to 7 compare settings by accuracy", item="accuracy", found=result.number)
-    if not seeds:
-        raise ConfigError("needs at least one", item="seeds", found=list(seeds))
+    check_accuracy(result.number, seeds)
     swept = sweep(source.measure, store, _settings(result), seeds, "accuracy")
     return _joined(result, swept, _summary, accuracy=f"{source.name}: {source.unit}")
+
+
+def check_accuracy(number: int, seeds: Sequence[int]) -> None:
+    """Raise `ConfigError` for a table that has no accuracies to be reproduced, or no seeds."""
+    if number < 4:
+        raise ConfigError("only tables 4 to 7 compare settings by accuracy", item="accuracy", found=number)
+    if not seeds:
+        raise ConfigError("needs at least one", item="seeds", found=list(seeds))
 
 
 def with_speed(result: TableResult, source: SpeedSource, store: CellStore) -> TableResult:
@@ -232,4 +240,5 @@ def _joined(
         ours = row.ours | (summary(figures) if figures else {})
         rows.append(TableRow(row.name, row.setting, row.paper, ours, row.unexplained))
     kept = {name: getattr(result, name) for name in ("number", "title", "remarks", "environment", "accuracy", "speed")}
+    kept["measured_on"] = tuple(dict.fromkeys((*result.measured_on, *swept.environments)))
     return TableResult(**{**kept, **changes}, rows=tuple(rows), failures={**result.failures, **swept.failures})

@@ -193,11 +193,18 @@ def warm_up(
     reports += bind(model, batcher, plan, common)
     full = with_mixture(batcher, plan.question_mixture)
     questions = SceneVqaData(full, plan.num_scenes, plan.num_questions, offset=plan.bind_steps)
-    rates = {"lr": plan.bind_lr, "vision_lr": plan.bind_lr}  # the second is that of a joint stack
-    settings = TrainSettings(steps=plan.question_steps, lr_floor=0.4, **rates, **common)
+    settings = TrainSettings(steps=plan.question_steps, lr_floor=0.4, **warm_up_rates(plan), **common)
     reports.append(train(model, questions, settings))
     model.trips.vision.requires_grad_(True)
     return reports
+
+
+def warm_up_rates(plan: QuickstartPlan) -> dict[str, float]:
+    """Of the stages behind the first: a joint stack, which goes on learning there, at a quarter of the others' rate.
+
+    At the whole rate it forgot what is on the patches: after 200 to 600 steps the loss stood at 1.5 to 1.7, not at 1.3.
+    """
+    return {"lr": plan.bind_lr, "vision_lr": plan.bind_lr / 4}
 
 
 def bind(
@@ -215,7 +222,7 @@ def bind(
         asked = with_mixture(batcher, mixture)
         questions = SceneVqaData(asked, plan.num_scenes, plan.num_questions, curriculum, offset=start)
         settings = TrainSettings(
-            steps=steps, lr=plan.bind_lr, vision_lr=plan.bind_lr, warmup_steps=min(50, steps), lr_floor=1.0, **common
+            steps=steps, warmup_steps=min(50, steps), lr_floor=1.0, **warm_up_rates(plan), **common
         )
         reports.append(train(model, questions, settings))
         looked_at = with_mixture(batcher, plan.bind_mixture)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
+import shutil
 from pathlib import Path
 
 from trips.config import SelectionConfig
@@ -92,6 +94,9 @@ class SceneAccuracy:
                 self._warm[key] = TripsForQuestionAnswering.from_pretrained(folder), batcher
             else:
                 model, batcher = warmed_up_model(self.plan, seed, architecture)
-                model.save_pretrained(folder)
+                partial = folder.with_suffix(".partial")  # an interruption leaves whole folders only
+                shutil.rmtree(partial, ignore_errors=True)
+                model.save_pretrained(partial)
+                os.replace(partial, folder)
                 self._warm[key] = model, batcher
         return self._warm[key]

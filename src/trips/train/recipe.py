@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig, check_single_stream
+from trips.architecture import check_single_stream
+from trips.config import PretrainingConfig, ReasoningConfig, SelectionConfig
 from trips.errors import ConfigError
 from trips.options import Architecture
 from trips.train.recipe_limits import INF, RANGES, SINGLE_STREAM_REFUSES, TASKS_OF_KEY
@@ -267,7 +268,7 @@ class Recipe:
                     expected=len(self.data.train),
                 )
         if self.model.architecture == "single":
-            check_single_stream(self.model.selection, self.model.pretraining)
+            check_single_stream(self.model.selection, self.model.pretraining, self.model.reasoning)
             for key, refuses, expected in SINGLE_STREAM_REFUSES:
                 if refuses(found := self._value(key)):
                     raise ConfigError(

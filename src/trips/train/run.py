@@ -16,6 +16,7 @@ from trips.data.records import BadSamples
 from trips.distributed import alone
 from trips.environment import describe_environment
 from trips.errors import CheckpointError, ConfigError, MissingDependencyError
+from trips.model_card import write_model_card
 from trips.prefix_cache import PrefixCache
 from trips.saved import MODEL_FOLDER
 from trips.train.checkpoint import list_checkpoints
@@ -56,8 +57,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train and measure as a recipe says; everything goes into ``recipe.run.out``.
 
     Written there: recipe.yaml (every key, enough to repeat the run), checkpoints/, metrics.jsonl, tensorboard/,
-    model/ (weights and processor, for ``from_pretrained``), what the task adds (answers.json, the list that is ranked,
-    and answers_test.json, what the model said, as an evaluation server takes it), results.json.
+    model/ (weights, processor and model card, for ``from_pretrained``), what the task adds (answers.json, the list
+    that is ranked, and answers_test.json, what the model said, as an evaluation server takes it), results.json.
 
     Returns:
         What results.json holds: ``environment``, ``recipe``, the task's figures (for VQA see `VqaMeasurement`, and
@@ -146,6 +147,14 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
         if report.contrastive_batch is not None:
             results["contrastive_batch"] = report.contrastive_batch
         parts.write_measured(out)
+        write_model_card(
+            out / MODEL_FOLDER,
+            parts.model.config,
+            type(parts.model).__name__,
+            results=results,
+            image_size=parts.processor.image_size,
+            text_length=parts.processor.max_text_length,
+        )
         _write_json(out / RESULTS_FILE, results)
         logger.info("%s", parts.bad_samples.summary())
     accelerator.wait_for_everyone()

@@ -19,14 +19,13 @@ from trips.bench.matching import match_time
 from trips.bench.memory import fitting, largest_batch, peak_bytes
 from trips.bench.methods import DOWNSCALE, METHODS, NO_SELECTION, Method, downscaling, methods_for
 from trips.bench.peers import PEERS, Peer, PeerSize, peer, transformers_pair
+from trips.bench.plan import TRANSFORMERS, SpeedPlan
 from trips.bench.products import inner_width
 from trips.bench.speed_report import SpeedRow
 from trips.bench.subjects import (
     DTYPES,
     POOL,
     Mode,
-    Part,
-    Precision,
     build_subject,
     check_precision,
     idle_adamw,
@@ -35,63 +34,11 @@ from trips.bench.subjects import (
 )
 from trips.bench.timing import Subject, Timing, device_clock, interleave, ratio
 from trips.config import SelectionConfig
-from trips.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMERS = "transformers"  # the peer that is made of the same parts and weights
 _RATE_STEP = 0.05  # of the keep rates that are tried for equal time
 _LARGEST = {"cuda": 4096, "cpu": 16}  # a CPU gains little beyond, and a batch takes long
-
-
-@dataclass(frozen=True)
-class SpeedPlan:
-    """What is measured: every method at every setting, for each resolution, mode and batch size.
-
-    Attributes:
-        selections: settings; each method takes their locations and rates.
-        image_sizes: pixels of a side.
-        methods: see `trips.bench.methods`.
-        peers: other models, see `trips.bench.peers`, with random weights; inference of a pair only.
-        batch_sizes: pairs at once; "max" is the largest that fits all subjects.
-        modes: "eager", "compiled" (torch.compile), "graphs" (CUDA graphs); both sides alike.
-        part: "forward" (a pair's inference), "vision" (the vision pass alone), "train" (a training step).
-        precision: of the weights, in training of the products.
-        text_length: L, text tokens.
-        rounds: calls of each subject that count. warmup: those before.
-        max_batch: end of the search for "max"; else 4096 on a GPU and 16 on a CPU.
-        equal_time: also find the setting at which every other method takes as long as the text-guided one.
-    """
-
-    selections: tuple[SelectionConfig, ...]
-    image_sizes: tuple[int, ...] = (384,)
-    methods: tuple[str, ...] = ("text",)
-    peers: tuple[str, ...] = ()
-    batch_sizes: tuple[int | str, ...] = (1, 2, 4, 8)
-    modes: tuple[Mode, ...] = ("eager",)
-    part: Part = "forward"
-    precision: Precision = "fp32"
-    text_length: int = 40
-    rounds: int = 5
-    warmup: int = 1
-    max_batch: int | None = None
-    equal_time: bool = False
-
-    def __post_init__(self) -> None:
-        for size in self.batch_sizes:
-            if size != "max" and (not isinstance(size, int) or size < 1):
-                raise ConfigError("not a batch size", item="batch_sizes", found=size, expected='>= 1 or "max"')
-        for name in self.methods:
-            if name not in (*METHODS, DOWNSCALE):
-                raise ConfigError(
-                    "no such method", item="methods", found=name, expected=" | ".join((*METHODS, DOWNSCALE))
-                )
-        for name in self.peers:
-            if name not in (*PEERS, TRANSFORMERS):
-                known = " | ".join((*PEERS, TRANSFORMERS))
-                raise ConfigError("no such model", item="peers", found=name, expected=known)
-        if self.peers and self.part != "forward":
-            raise ConfigError("peers are timed in inference of a pair", item="part", found=self.part)
 
 
 @dataclass(frozen=True)
@@ -270,11 +217,12 @@ class Bench:
         return largest_batch(fitting(run, self.device), self.plan.max_batch or _LARGEST.get(self.device.type, 16))
 
     def at_equal_time(self, size: int, batch: int) -> list[Variant]:
-        """Every other method at the setting that takes as long as the text-guided one."""
+        """The text-guided method, and every other at the setting that takes as long: to be timed in the same rounds."""
         found = []
         for base in self.plan.selections:
-            text = Variant(self.model, METHODS["text"], base)
-            for name in (name for name in self.plan.methods if name not in ("text", "none")):
+            text = Variant(self.model, METHODS["text"], base, equal="time")
+            found.append(text)
+            for name in self.plan.others:
                 setting, last = _settings(name, self.model, size, base)
 
                 def speed(number: int, setting=setting, text=text) -> float:
