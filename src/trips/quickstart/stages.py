@@ -202,7 +202,7 @@ def warm_up(
 def warm_up_rates(plan: QuickstartPlan) -> dict[str, float]:
     """Of the stages behind the first: a joint stack, which goes on learning there, at a quarter of the others' rate.
 
-    At the whole rate it forgot what is on the patches: after 200 to 600 steps the loss stood at 1.5 to 1.7, not at 1.3.
+    At their whole rate it learnt less: in 300 steps of binding 22 % of the questions about backgrounds, not 59 %.
     """
     return {"lr": plan.bind_lr, "vision_lr": plan.bind_lr / 4}
 
