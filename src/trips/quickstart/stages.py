@@ -202,7 +202,8 @@ def warm_up(
 def warm_up_rates(plan: QuickstartPlan) -> dict[str, float]:
     """Of the stages behind the first: a joint stack, which goes on learning there, at a quarter of the others' rate.
 
-    At their whole rate it learnt less: in 300 steps of binding 22 % of the questions about backgrounds, not 59 %.
+    At their whole rate it learnt less: of the questions about backgrounds 22 % after 300 steps of binding and 64 %
+    after 1,000, not 59 % and 70 %.
     """
     return {"lr": plan.bind_lr, "vision_lr": plan.bind_lr / 4}
 
