@@ -14,9 +14,10 @@ from trips.errors import ConfigError
 from trips.metrics import kept_mask
 from trips.quickstart import run_quickstart
 from trips.quickstart.evaluation import evaluate_guide, other_image_partner
+from trips.quickstart.labels import patch_labels
 from trips.quickstart.plan import GUIDES, REPORTED_START, VALIDATION_START, QuickstartPlan
 from trips.quickstart.report import answerable_gain, answerable_types, findings
-from trips.quickstart.stages import build_model, patch_labels, with_mixture
+from trips.quickstart.stages import build_model, with_mixture
 from trips.tasks.vqa import TripsForQuestionAnswering
 
 
