@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,17 @@ def photos(model: Path, tars: Sequence[Path], num_captions: int, limit: int | No
         random.Random(0).shuffle(asked)
         sample = asked[:num_captions]
         ways = {
-            "features alone, all captions": (0, asked),
-            "features alone, the sample": (0, sample),
-            f"{SHORTLIST} best matched with the text, the sample": (SHORTLIST, sample),
+            "features alone, all captions": (0, "both", asked),
+            "features alone, the sample": (0, "both", sample),
+            f"{SHORTLIST} best by the match alone, the sample": (SHORTLIST, "match", sample),
+            f"{SHORTLIST} best by match and features, the sample": (SHORTLIST, "both", sample),
         }
         result["captions"] = {"all": len(asked), "sample": len(sample), "of photos of": of_tar}
         result["chance_r1"] = round(1 / len(index), 5)
-        for way, (rerank, chosen) in ways.items():
+        for way, (rerank, rank_by, chosen) in ways.items():
             ranks, times = [], []
             for text, key in chosen:
-                hits, seconds = timed(lambda text=text, rerank=rerank: index.search(text, 10, rerank))
+                hits, seconds = timed(partial(index.search, text, 10, rerank, rank_by))
                 times.append(seconds)
                 names = [Path(hit.path).relative_to(folder).as_posix() for hit in hits]
                 ranks.append(names.index(key) if key in names else len(names))

@@ -13,6 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trips.options import RankBy
+
 if TYPE_CHECKING:
     from trips.pipeline import TripsPipeline
     from trips.search.query import Hit
@@ -60,6 +62,7 @@ def search(
     model: str | None = None,
     top_k: int = 10,
     rerank: int = 64,
+    rank_by: RankBy = "both",
     out: str | None = None,
     as_json: bool = False,
 ) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def search(
         model: the one that made the index; by default where it was then.
         top_k: photos to show.
         rerank: photos that are matched with the words; 0 goes by the features alone.
+        rank_by: "both" adds the similarity of the features to the match, "match" goes by the match alone.
         out: picture to write: the hits, and the patches that the words keep.
         as_json: print one JSON object for machines.
     """
@@ -87,7 +91,7 @@ def search(
     if name is None:
         raise CheckpointError("does not say which model made it", item=index, hint="name it: --model=MODEL")
     trained = _open(name)
-    hits = ImageIndex.open(index, trained).search(text, top_k, rerank)
+    hits = ImageIndex.open(index, trained).search(text, top_k, rerank, rank_by)
     names = ("path", "score", "first_stage_rank", "similarity")
     result: dict[str, Any] = {
         "text": text,

@@ -28,6 +28,7 @@ ItcGuide = Literal["image", "none", "text"]
 ItmGuide = Literal["anew", "reuse"]
 MlmGuide = Literal["masked", "full"]
 Negatives = Literal["local", "global"]
+RankBy = Literal["both", "match"]  # what the second stage of a search goes by
 ReasoningFusion = Literal["merge", "stacked"]
 ReasoningObjective = Literal["truth", "assignment"]
 

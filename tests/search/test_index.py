@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
 import sys
@@ -56,7 +58,7 @@ def test_reranked_hits_are_scored_as_the_pipeline_scores(trained, tmp_path: Path
     index = trained.index(fill(tmp_path, 9))
     for words in WORDS:
         first = index.search(words, top_k=6, rerank=0)
-        hits = index.search(words, top_k=4, rerank=6)
+        hits = index.search(words, top_k=4, rerank=6, rank_by="match")
         scores = dict(
             zip([hit.path for hit in first], trained.score([hit.path for hit in first], words)[:, 0].tolist())
         )
@@ -69,6 +71,31 @@ def test_reranked_hits_are_scored_as_the_pipeline_scores(trained, tmp_path: Path
             assert [record.layer for record in hit.selection] == [2, 3]
             for record, location in zip(hit.selection, expected.locations, strict=True):
                 assert sorted(place for place in record.kept[0].tolist() if place >= 0) == list(location.kept)
+
+
+def test_both_stages_together_are_a_product_of_experts(tmp_path: Path) -> None:
+    """The order of p / (1 - p) times exp(similarity / temperature), as logarithms, from the scores of either stage."""
+    trained = tiny_pipeline()  # its own, since the temperature changes
+    index, orders = trained.index(fill(tmp_path, 9)), {}
+    for temperature in (0.5, 1e-7, 1e3):
+        with torch.no_grad():
+            trained.model.temperature.fill_(temperature)
+        for words in WORDS:
+            paths = [hit.path for hit in index.search(words, top_k=9, rerank=0)]
+            similar = {hit.path: hit.similarity for hit in index.search(words, top_k=9, rerank=0)}
+            match = dict(zip(paths, trained.score(paths, words)[:, 0].double().tolist(), strict=True))
+            odds = {path: math.log(match[path] / (1 - match[path])) for path in paths}
+            expected = {path: odds[path] + similar[path] / temperature for path in paths}
+            hits = index.search(words, top_k=9, rerank=9)
+            weights = [expected[hit.path] for hit in hits]
+            assert all(a >= b - 1e-4 for a, b in itertools.pairwise(weights))
+            assert [hit.score for hit in hits] == pytest.approx([match[hit.path] for hit in hits], abs=1e-5)
+            orders[temperature, words] = [hit.path for hit in hits]
+            if temperature == 1e-7:
+                assert orders[temperature, words] == paths  # the features decide
+            if temperature == 1e3:
+                assert orders[temperature, words] == sorted(paths, key=lambda path: -match[path])
+    assert any(orders[0.5, words] != orders[1e-7, words] for words in WORDS)
 
 
 def test_more_than_the_limit_goes_to_cells_that_find_the_same_when_all_are_read(
@@ -313,7 +340,7 @@ def test_without_faiss(trained, tmp_path: Path, monkeypatch) -> None:
 
 def test_bad_arguments(trained, tmp_path: Path) -> None:
     index = trained.index(fill(tmp_path, 2))
-    for arguments in ({"top_k": 0}, {"rerank": -1}, {"rerank": 1.5}, {"text": 3}):
+    for arguments in ({"top_k": 0}, {"rerank": -1}, {"rerank": 1.5}, {"rank_by": "sum"}, {"text": 3}):
         with pytest.raises(ConfigError, match=next(iter(arguments))):
             index.search(**{"text": "cat", **arguments})
     with pytest.raises(DataError, match="is empty"):

@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 _COLUMNS = 5  # most panels of a row of figure 4
-_BLANK = Panel(np.full((1, 1, 3), 255, np.uint8))
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,8 @@ def figure_4(
         _named(one, first) for one in model.explain(first.image, [photo.text for photo in photos], selection=selection)
     ]
     drawn = [_last_panels(one, first, one.text, heat, first=True) for one in found]
-    kept, maps = [drawn[0][0], *(panels[-1] for panels in drawn)], [_BLANK, *(panels[1] for panels in drawn)]
+    blank = Panel(np.full_like(drawn[0][0].image, 255))  # of the photo's shape, so that the row is no higher than it
+    kept, maps = [drawn[0][0], *(panels[-1] for panels in drawn)], [blank, *(panels[1] for panels in drawn)]
     columns = -(-len(kept) // -(-len(kept) // _COLUMNS))  # as few rows as can be, of about one length
     lines = []
     for i in range(0, len(kept), columns):

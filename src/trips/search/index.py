@@ -16,9 +16,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from trips.data.records import BadSamples
 from trips.errors import CheckpointError, ConfigError, TripsError
+from trips.options import RankBy
 from trips.processor_checks import positive_int
 from trips.search import files
 from trips.search.build import add_features
@@ -149,21 +151,24 @@ class ImageIndex:
         self._rows, self._vectors, self.report = fresh._rows, fresh._vectors, fresh.report
         return fresh.report
 
-    def search(self, text: str, top_k: int = 10, rerank: int = 64) -> list[Hit]:
+    def search(self, text: str, top_k: int = 10, rerank: int = 64, rank_by: RankBy = "both") -> list[Hit]:
         """The pictures that words describe best.
 
         Args:
             text: in the user's words.
             top_k: hits to return; fewer if there are not so many.
             rerank: best of the first stage that are matched with the words, at least `top_k`; 0 ranks by the features.
+            rank_by: what orders those; see `rerank_hits`.
         Returns:
             best first; a picture that is gone since the index was made is named in the log and left out.
         Raises:
-            ConfigError: counts out of range. DataError: a blank text.
+            ConfigError: counts out of range, another `rank_by`. DataError: a blank text.
         """
         positive_int(top_k, "top_k")
         if isinstance(rerank, bool) or not isinstance(rerank, int) or rerank < 0:
             raise ConfigError("not a count", item="rerank", found=rerank, expected="0 or more")
+        if rank_by not in get_args(RankBy):
+            raise ConfigError("unknown value", item="rank_by", found=rank_by, expected=" | ".join(get_args(RankBy)))
         if not isinstance(text, str):
             raise ConfigError("is no text", item="text", found=type(text).__name__, expected="a str")
         products, places = self._vectors.nearest(
@@ -174,4 +179,4 @@ class ImageIndex:
         for rank, i in enumerate(order, start=1):
             path, image = locate(self.source, self._rows[places[i]])
             hits.append(Hit(path, float(products[i]), rank, float(products[i]), image))
-        return (rerank_hits(self.trained, text, hits) if rerank else hits)[:top_k]
+        return (rerank_hits(self.trained, text, hits, rank_by) if rerank else hits)[:top_k]

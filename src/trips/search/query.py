@@ -15,6 +15,7 @@ import torch
 
 from trips.errors import DataError
 from trips.images import FileSlice
+from trips.options import RankBy
 from trips.search.features import Trained
 from trips.selection import Selection
 
@@ -55,13 +56,19 @@ def encode_words(trained: Trained, words: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def rerank_hits(trained: Trained, words: str, hits: Sequence[Hit]) -> list[Hit]:
-    """Hits ordered by the probability of a match; a picture that is gone since it was indexed is named and left out."""
+def rerank_hits(trained: Trained, words: str, hits: Sequence[Hit], rank_by: RankBy = "both") -> list[Hit]:
+    """Hits matched with the words and ordered anew; a picture that is gone since it was indexed is named and left out.
+
+    "match" goes by the probability of a match alone, as ALBEF does. "both" adds what the first stage knew, as a product
+    of two experts: log-odds of the match plus similarity over the temperature, both of which were learnt as logits. So
+    a matching head that knows little changes little.
+    """
     model, processor = trained.model, trained.processor
     encoded = processor(text=[words]).to(model.device)
     mask = encoded["attention_mask"]
     states = model.trips.encode_text(encoded["input_ids"], mask)
-    scored: list[Hit] = []
+    scored: list[tuple[float, Hit]] = []
+    temperature = model.temperature.float().cpu().item()
     for start in range(0, len(hits), trained.batch_size):
         kept, arrays = [], []
         for hit in hits[start : start + trained.batch_size]:
@@ -79,11 +86,12 @@ def rerank_hits(trained: Trained, words: str, hits: Sequence[Hit]) -> list[Hit]:
             None, mask[alike], image_index=rows, prefix=prefix, text_states=states[alike]
         )  # as `match` does, which does not return the selections
         logits = model.itm_head(output.last_hidden_state[:, 0])
-        probabilities = torch.softmax(logits.float(), dim=-1)[:, 1].cpu().tolist()
-        for row, (hit, probability) in enumerate(zip(kept, probabilities, strict=True)):
+        odds = (logits[:, 1] - logits[:, 0]).double().cpu()  # of the match, as logarithms
+        for row, (hit, odd, probability) in enumerate(zip(kept, odds.tolist(), odds.sigmoid().tolist(), strict=True)):
             records = tuple(_row(record, row) for record in output.selections or ())
-            scored.append(replace(hit, score=probability, selection=records))
-    return sorted(scored, key=lambda hit: (-hit.score, hit.first_stage_rank))
+            rank = odd + hit.similarity / temperature if rank_by == "both" else odd
+            scored.append((rank, replace(hit, score=probability, selection=records)))
+    return [hit for _, hit in sorted(scored, key=lambda pair: (-pair[0], pair[1].first_stage_rank))]
 
 
 def _row(record: Selection, row: int) -> Selection:
