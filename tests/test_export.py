@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipelines import CANDIDATES, tiny_processor
-from tiny import images, randomise, texts, tiny_config, tiny_pretraining_model, tiny_vision_config, tiny_vqa_model
+from reasoning_models import tiny_reasoning_model
+from tiny import images, randomise, texts, tiny_pretraining_model, tiny_vision_config, tiny_vqa_model
 from torch import Tensor
 from transformers import ViTModel
 
@@ -135,12 +138,49 @@ def test_programs_of_torch_equal_the_model(tmp_path: Path) -> None:
         assert float((found["question_states"] - expected.question_states).abs().max()) < 1e-5
 
 
-def test_models_that_need_a_fixed_batch(tmp_path: Path) -> None:
-    """TRIPS-S, and statements about two images with a baseline that keeps everything."""
-    report = export_model(tiny_vqa_model(architecture="single"), tmp_path / "s", text_length=LENGTH, batch_size=2)
-    assert report.inputs["pixel_values"][0] == 2 and report.kept_identical and len(report.kept) == 2
-    config = tiny_config()
-    reasoning = randomise(trips.TripsForVisualReasoning(config))
+MERGING = trips.SelectionConfig(layers=(2, 3), keep_rate=0.3, guide="similarity")
+
+
+def check_batches(model: Any, run: Any, selection: trips.SelectionConfig, name: str, shape: tuple[int, ...]) -> None:
+    """A file against the model, for batches that it has not been traced with."""
+    for count in (1, 5):
+        inputs = batch(count, count)
+        inputs["pixel_values"] = images(count * math.prod(shape[:-3]), seed=count).view(count, *shape)
+        with torch.no_grad():
+            expected = model(**inputs, selection=selection)
+            found = run(inputs)
+        check_kept(found, expected.selections)
+        value = torch.softmax(expected.logits, dim=-1) if name == "class_probabilities" else expected.question_states
+        assert float((found[name] - value).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("which", ["single", "statements", "merging"])
+def test_every_kind_of_model_leaves_the_batch_free(tmp_path: Path, which: str) -> None:
+    """TRIPS-S, statements about two images, patches that merge."""
+    name, shape = "question_states", (3, 32, 32)
+    if which == "statements":
+        model, name, shape = tiny_reasoning_model({"fusion": "stacked"}), "class_probabilities", (2, 3, 32, 32)
+    else:
+        model = tiny_vqa_model(architecture="single" if which == "single" else "dual")
+    selection = MERGING if which == "merging" else model.config.selection
+    report = export_model(model, tmp_path / "x", text_length=LENGTH, selection=selection)
+    assert report.inputs["pixel_values"] == ["batch", *shape] and report.kept_identical and len(report.kept) == 2
+    program = torch.export.load(tmp_path / "x.pt2").module()
+    check_batches(model, lambda inputs: program(**inputs), selection, name, shape)
+
+
+@needs_onnx
+def test_onnx_of_statements_in_one_stack_whose_patches_merge(tmp_path: Path) -> None:
+    model = tiny_reasoning_model(architecture="single")
+    report = export_model(model, tmp_path / "x.onnx", "onnx", text_length=LENGTH, selection=MERGING)
+    assert report.outputs["class_probabilities"] == ["batch", 2] and report.outputs["kept_layer_2"] == ["2 batch", 5]
+    run = functools.partial(run_onnx, tmp_path / "x.onnx")
+    check_batches(model, run, MERGING, "class_probabilities", (2, 3, 32, 32))
+
+
+def test_a_fixed_batch(tmp_path: Path) -> None:
+    """Statements about two images, with a baseline that keeps everything."""
+    reasoning = tiny_reasoning_model()
     baseline = trips.SelectionConfig(guide="none")
     report = export_model(reasoning, tmp_path / "r", text_length=LENGTH, batch_size=2, selection=baseline)
     assert report.part == "classes" and report.inputs["pixel_values"] == [2, 2, 3, 32, 32]

@@ -7,27 +7,24 @@ user's mistake is one line and exit code 2; ``--debug`` adds the traceback. Heav
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
-import json
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
-from rich.table import Table
 
 from trips import (
     cli_bench,
     cli_calibrate,
     cli_data,
+    cli_demo,
     cli_figures,
     cli_models,
     cli_search,
@@ -35,6 +32,7 @@ from trips import (
     cli_tables,
     cli_use,
 )
+from trips.cli_show import show
 from trips.errors import ConfigError, TripsError
 
 # A key of a recipe, or a section alone, which `load_recipe` then refuses by name.
@@ -118,12 +116,13 @@ VERBS: dict[str, Callable[..., Any] | ModuleType] = {
     **cli_bench.VERBS,
     **cli_speed.VERBS,
     **cli_tables.VERBS,
+    **cli_demo.VERBS,
     "data": cli_data,  # a module is a group of verbs
     "recipes": recipes,
     "quickstart": quickstart,
 }
 # Modules of verbs that say how their arguments and results look.
-_GROUPS = (cli_use, cli_search, cli_figures, cli_models, cli_calibrate, cli_bench, cli_speed, cli_tables)
+_GROUPS = (cli_use, cli_search, cli_figures, cli_models, cli_calibrate, cli_bench, cli_speed, cli_tables, cli_demo)
 _POSITIONAL = {"train": "RECIPE", "evaluate": "RUN_DIR", "explain": "RUN_DIR", "table": "NUMBER"}
 
 
@@ -178,7 +177,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     with _logging(debug):
         result = function(**options)
     if os.environ.get("RANK", "0") == "0":  # of several processes under a launcher the first alone speaks
-        _show(chosen.verb, result, as_json)
+        group = cli_data if chosen.verb == "data" else _group_of(chosen.verb)
+        show(chosen.verb, result, as_json, group and group.render)
     return 0 if getattr(result, "ok", True) else 1
 
 
@@ -264,57 +264,6 @@ def _logging(debug: bool) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
-
-
-def _show(verb: str, result: Any, as_json: bool) -> None:
-    group = _group_of(verb)
-    if (verb == "data" or group) and not as_json:
-        _wide_console().print(group.render(verb, result) if group else cli_data.render(result))
-        return
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        result = dataclasses.asdict(result)
-    if as_json:
-        print(json.dumps(result, default=_jsonable, ensure_ascii=False))
-    elif verb == "quickstart":
-        _show_quickstart(result)
-    elif isinstance(result, Mapping):
-        if not result:
-            return
-        table = Table(title=f"trips {verb}", title_justify="left")
-        table.add_column("name")
-        table.add_column("value", overflow="fold")
-        for name, value in result.items():
-            table.add_row(str(name), _text(value))
-        Console().print(table)
-    elif result is not None:
-        print(result)
-
-
-def _wide_console() -> Console:
-    """A console of at least 140 columns: a table broken over lines helps nobody."""
-    return Console(width=max(Console().width, 140))
-
-
-def _show_quickstart(results: Mapping[str, Any]) -> None:
-    from trips.quickstart.report import results_table
-
-    console = _wide_console()
-    console.print(results_table(results["rows"]))
-    for line in results["findings"]:
-        console.print(f"- {line}", highlight=False)
-    console.print(f"{results['seconds']:.0f} s; written to {results['out']}: results.json, kept_patches.png, model/")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (Mapping, Namespace)):
-        return ", ".join(f"{key} {_text(item)}" for key, item in dict(value).items())
-    return ", ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _jsonable(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else dict(value) if isinstance(value, Mapping) else repr(value)
 
 
 if __name__ == "__main__":

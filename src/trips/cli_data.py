@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,12 @@ from jsonargparse import ArgumentParser
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
+
+from trips.cli_show import named_table
 
 if TYPE_CHECKING:
     from trips.data.check import CheckReport
     from trips.data.pack import PackReport
-
-_NUM_NAMED = 20  # bad samples in a table; --json names all
 
 
 def pack(
@@ -100,9 +99,9 @@ def add_verbs(group: ArgumentParser) -> None:
         commands.add_subcommand(name, command, help=summary.splitlines()[0])
 
 
-def render(report: PackReport | CheckReport) -> RenderableType:
-    """A report as tables for people."""
-    counts = Table(title="trips data", title_justify="left", show_header=False)
+def render(name: str, report: PackReport | CheckReport) -> RenderableType:
+    """A report of one of the verbs as tables for people."""
+    counts = Table(title=f"trips {name}", title_justify="left", show_header=False)
     if hasattr(report, "written"):
         rows = {"samples written": report.written, "captions": report.captions, "shards": len(report.shards)}
         rows |= {"in": report.shards[0].rsplit("/", 1)[0], "left out": len(report.rejected)}
@@ -115,20 +114,9 @@ def render(report: PackReport | CheckReport) -> RenderableType:
                 rows[name] = f"{spread.smallest} to {spread.largest} px, median {spread.median:g}"
         findings = {"damaged": report.damaged, "bad": report.bad, "suspicious": report.suspicious}
         rows |= {name: len(found) for name, found in findings.items()}
-    for name, value in rows.items():
-        counts.add_row(name, str(value))
-    return Group(counts, *(_named(name, found) for name, found in findings.items() if found))
-
-
-def _named(title: str, found: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("what", overflow="fold")
-    table.add_column("why", overflow="fold")
-    for name, reason in list(found.items())[:_NUM_NAMED]:
-        table.add_row(Text(name), Text(reason))  # brackets in a name are no markup
-    if len(found) > _NUM_NAMED:
-        table.add_row(f"and {len(found) - _NUM_NAMED} more", "--json names all")
-    return table
+    for row, value in rows.items():
+        counts.add_row(row, str(value))
+    return Group(counts, *(named_table(name, found) for name, found in findings.items() if found))
 
 
 @contextmanager

@@ -13,13 +13,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trips.cli_show import named_table
 from trips.options import RankBy
 
 if TYPE_CHECKING:
     from trips.pipeline import TripsPipeline
     from trips.search.query import Hit
-
-_NUM_NAMED = 20  # bad pictures in a table; --json names all
 
 
 def index(
@@ -128,7 +127,7 @@ def render(name: str, result: dict[str, Any]) -> RenderableType:
         counts.add_row("bad", str(len(result["bad"])))
         counts.add_row("seconds", f"{result['seconds']:.1f}")
         counts.add_row("index", Text(result["index"]))
-        return Group(counts, _named(result["bad"])) if result["bad"] else counts
+        return Group(counts, named_table("bad", result["bad"])) if result["bad"] else counts
     table = Table(title=Text(result["text"]), title_justify="left")
     table.add_column("photo", overflow="fold")
     for column in ("match" if result["reranked"] else "similarity", "rank before"):
@@ -136,17 +135,6 @@ def render(name: str, result: dict[str, Any]) -> RenderableType:
     for hit in result["hits"]:
         table.add_row(Text(hit["path"]), f"{hit['score']:.3f}", str(hit["first_stage_rank"]))
     return Group(table, Text(f"written to {result['written to']}")) if "written to" in result else table
-
-
-def _named(bad: dict[str, str]) -> Table:
-    table = Table(title="bad", title_justify="left")
-    table.add_column("what", overflow="fold")
-    table.add_column("why", overflow="fold")
-    for name, reason in list(bad.items())[:_NUM_NAMED]:
-        table.add_row(Text(name), Text(reason))
-    if len(bad) > _NUM_NAMED:
-        table.add_row(f"and {len(bad) - _NUM_NAMED} more", "--json names all")
-    return table
 
 
 def _open(model: str) -> TripsPipeline:

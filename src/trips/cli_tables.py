@@ -31,8 +31,9 @@ def table(
     """Show a table of the paper, 1 to 7, beside what is counted here and, if asked for, measured here.
 
     Operations of tables 3 to 7 are counted at once. --accuracy and --speed measure every row; what is finished is
-    stored, so that the same command goes on after an interruption and tries again what has failed. Any key of the
-    recipe that --accuracy names can be replaced: --data.train=... --optim.steps=100.
+    stored, so that the same command goes on after an interruption and tries again what has failed. What an earlier
+    command has measured into the same folder, and this one does not, stays in the table. Any key of the recipe that
+    --accuracy names can be replaced: --data.train=... --optim.steps=100.
 
     Args:
         number: of the table.
@@ -48,6 +49,7 @@ def table(
         as_json: print one JSON object for machines.
     """
     from trips.paper.cells import CellStore
+    from trips.paper.on_record import with_record
     from trips.paper.table_text import write_table
     from trips.paper.tables import check_accuracy, paper_table, speed_source, with_accuracy, with_speed
 
@@ -66,6 +68,7 @@ def table(
     if trained is not None:
         result = with_accuracy(result, trained, CellStore(folder / "cells", key), seeds)
     if out is not None or speed or accuracy is not None:
+        result = with_record(result, folder)
         write_table(result, folder)
         _draw(result, folder)
         logger.info("written to %s", folder)

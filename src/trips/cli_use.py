@@ -1,4 +1,4 @@
-"""Use a trained model (trips ask, trips score)."""
+"""Use a trained model (trips ask, trips score), and write the page of a run anew (trips report)."""
 
 from __future__ import annotations
 
@@ -56,11 +56,36 @@ def score(images: list[str], texts: list[str], *, model: str, as_json: bool = Fa
     return {"images": images, "texts": texts, "probabilities": found.tolist()}
 
 
-VERBS: dict[str, Callable[..., Any]] = {"ask": ask, "score": score}
+def report(run_dir: str, *, examples: int = 8, as_json: bool = False) -> dict[str, Any]:
+    """Write the page of a run anew: report.html, one file with configuration, curves, results and examples.
+
+    Every run writes it at its end. Anew it can be of a run that was interrupted, or of an older one.
+
+    Args:
+        run_dir: output folder of "trips train" or "trips quickstart".
+        examples: test samples to show with what was kept of them (of a quick-start always the same); 0 opens no model.
+        as_json: print one JSON object for machines.
+    """
+    from trips.quickstart.page import is_quickstart, write_quickstart_report
+    from trips.train.run_report import write_run_report
+
+    if is_quickstart(run_dir):
+        path = write_quickstart_report(run_dir)
+    else:
+        path = write_run_report(run_dir, num_examples=examples)
+    return {"written to": str(path), "bytes": path.stat().st_size}
+
+
+VERBS: dict[str, Callable[..., Any]] = {"ask": ask, "score": score, "report": report}
 
 
 def add_arguments(name: str, command: ArgumentParser) -> None:
     """Add the arguments of one of `VERBS`: what it is about as words, what it is done with as options."""
+    if name == "report":
+        command.add_argument("run_dir", type=str, help='output folder of "trips train" or "trips quickstart"')
+        words = "test samples to show with what was kept of them; 0 opens no model"
+        command.add_argument("--examples", type=int, default=8, help=words)
+        return
     if name == "ask":
         command.add_argument("image", type=str, help="picture")
         command.add_argument("question", type=str, help="in quotes")
@@ -81,6 +106,8 @@ def render(name: str, result: dict[str, Any]) -> RenderableType:
         for answer in result["answers"]:
             table.add_row(Text(answer["text"]), f"{answer['probability']:.3f}")
         return table
+    if name == "report":
+        return Text(f"{result['written to']} ({result['bytes'] / 1000:.0f} kB)")
     table = Table(title="match", title_justify="left")
     table.add_column("text", overflow="fold")
     for image in result["images"]:

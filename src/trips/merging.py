@@ -136,7 +136,7 @@ def _pair(similarity: Tensor, sizes: Tensor, left: int) -> tuple[_Pairing, Tenso
     first_sizes, second_sizes = sizes[:, 0::2], sizes[:, 1::2]
     weights = chosen * first_sizes.gather(1, merged).unsqueeze(1)
     totals = second_sizes + weights.sum(2)
-    places = torch.cat([2 * rest, (2 * second + 1).expand(len(rest), -1)], dim=1)
+    places = torch.cat([2 * rest, (2 * second + 1).expand(rest.shape[0], -1)], dim=1)
     survivors, order = places.sort(dim=1)
     pairing = _Pairing(
         rest, merged, (second_sizes / totals).unsqueeze(2), weights / totals.unsqueeze(2), survivors, order

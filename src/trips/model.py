@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, BertModel, PreTra
 from transformers.utils import ModelOutput
 
 from trips.config import SelectionConfig, TripsConfig
-from trips.errors import ConfigError, ShapeError
+from trips.encoder_inputs import check_ids, check_one_source, check_rows, text_and_mask
+from trips.errors import ConfigError
 from trips.fusion import FusionEncoder, bidirectional_mask
 from trips.processor import TripsProcessor
 from trips.selection import Selection
@@ -147,13 +148,7 @@ class TripsModel(TripsPreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """T = {t_cls, t_1 .. t_m}: (B, L) -> (B, L, D)."""
-        if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
-            raise ShapeError(
-                "ids and mask do not fit",
-                item="input_ids",
-                found=(tuple(input_ids.shape), tuple(attention_mask.shape)),
-                expected="both (B, L)",
-            )
+        check_ids(input_ids, attention_mask)
         # A ready-made mask: from a plain one transformers would first ask the device whether anything is padded.
         mask = bidirectional_mask(attention_mask, self.text.dtype)
         return self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -200,35 +195,15 @@ class TripsModel(TripsPreTrainedModel):
             ConfigError: neither image nor prefix, neither ids nor text states. ShapeError: rows do not fit.
         """
         selection = selection or self.config.selection
-        if (pixel_values is None) == (prefix is None):
-            raise ConfigError("give either pixel_values or prefix", item="forward")
-        if text_states is None:
-            if input_ids is None:
-                raise ConfigError("give input_ids or text_states", item="forward")
-            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            text_states = self.encode_text(input_ids, attention_mask)
-        elif attention_mask is None:
-            attention_mask = text_states.new_ones(text_states.shape[:2], dtype=torch.long)
-        elif attention_mask.shape != text_states.shape[:2]:
-            raise ShapeError(
-                "mask and text states do not fit",
-                item="attention_mask",
-                found=tuple(attention_mask.shape),
-                expected=tuple(text_states.shape[:2]),
-            )
+        check_one_source(pixel_values, prefix)
+        text_states, attention_mask = text_and_mask(self.encode_text, input_ids, attention_mask, text_states)
         if prefix is None:
             if not observe and selection.active and min(selection.rates) == 1:
                 selection = selection.replace(guide="none")  # nothing is removed: the whole tower, once per image
             prefix = self.encode_prefix(pixel_values, selection)
         if image_index is not None:
             prefix = prefix.take(image_index)
-        if prefix.states.shape[0] != text_states.shape[0]:
-            raise ShapeError(
-                "one image per text is needed, or an image_index",
-                item="pixel_values",
-                found=prefix.states.shape[0],
-                expected=text_states.shape[0],
-            )
+        check_rows(prefix.states, text_states)
         image = self.vision.suffix(prefix, text_states[:, 0], selection, observe=observe, generator=generator)
         fused, attention = self.fusion(text_states, attention_mask, image.last_hidden_state, observe)
         return TripsOutput(

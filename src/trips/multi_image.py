@@ -23,7 +23,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
 from trips.config import SelectionConfig, TripsConfig
-from trips.errors import ConfigError, ShapeError
+from trips.encoder_inputs import check_images_of_texts
 from trips.fusion import FusionEncoder, cross_attention_map, image_attention, own_attention
 from trips.model import TripsModel, TripsOutput
 from trips.vision import VisionPrefix
@@ -211,29 +211,14 @@ class MultiImageModel(TripsModel):
             ConfigError: neither images nor prefix, or both. ShapeError: another number of images.
         """
         selection, n = selection or self.config.selection, self.config.reasoning.num_images
-        if (pixel_values is None) == (prefix is None):
-            raise ConfigError("give either pixel_values or prefix", item="forward")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text_states = self.encode_text(input_ids, attention_mask)
-        batch = len(text_states)
+        batch = text_states.shape[0]
+        check_images_of_texts(pixel_values, prefix, batch, n)
         if prefix is None:
-            if pixel_values.ndim != 5 or pixel_values.shape[:2] != (batch, n):
-                raise ShapeError(
-                    f"{n} image(s) for each of {batch} text(s) are needed",
-                    item="pixel_values",
-                    found=tuple(pixel_values.shape),
-                    expected=f"({batch}, {n}, 3, H, W)",
-                )
             if not observe and selection.active and min(selection.rates) == 1:
                 selection = selection.replace(guide="none")  # nothing is removed: as in `TripsModel`
             prefix = self.encode_prefix(pixel_values.flatten(0, 1), selection)
-        elif len(prefix.states) != batch * n:
-            raise ShapeError(
-                f"{n} image(s) for each of {batch} text(s) are needed",
-                item="prefix",
-                found=f"{len(prefix.states)} rows",
-                expected=f"{batch * n} rows, text by text",
-            )
         guide = text_states[:, 0].repeat_interleave(n, dim=0)
         image = self.vision.suffix(prefix, guide, selection, observe=observe, generator=generator)
         states = image.last_hidden_state.unflatten(0, (batch, n))

@@ -2,29 +2,28 @@
 
 Stands above tasks and data and knows nothing of training: what `trips.train` writes is read here as files.
 
-Dimensions: I images, T texts, B pairs of a batch, n images of a statement, k answers.
+Dimensions: I images, T texts, n images of a statement, k answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature
 
 from trips.answering import Answer, Candidates, write_answers
 from trips.config import SelectionConfig
 from trips.errors import ConfigError
 from trips.explanation import Explanation, explain_texts
 from trips.images import ImageSource
+from trips.matching import encode_images, feature_similarity, match_probabilities, truth_probabilities
 from trips.model import TripsPreTrainedModel
 from trips.processor import TripsProcessor
 from trips.processor_checks import image_list, positive_int, string_list
 from trips.saved import open_saved
-from trips.vision import VisionPrefix
 
 if TYPE_CHECKING:
     from trips.search.index import ImageIndex
@@ -111,10 +110,10 @@ class TripsPipeline:
         questions = [question] if isinstance(question, str) else string_list(question, "question")
         positive_int(top_k, "top_k")
         candidates = self._candidates if answers is None else Candidates(answers, self.processor)
-        prefix = self._prefix([image], selection)
+        prefix = encode_images(self.model, self.processor, [image], selection)
         found: list[list[Answer]] = []
         for start in range(0, len(questions), self.batch_size):
-            texts = self._texts(questions[start : start + self.batch_size])
+            texts = self.processor(text=questions[start : start + self.batch_size]).to(self.model.device)
             about = torch.zeros_like(texts["input_ids"][:, 0])
             inputs = {**texts, "prefix": prefix, "image_index": about, "selection": selection}
             if candidates is None:
@@ -143,26 +142,7 @@ class TripsPipeline:
         """
         self._check("score", selection)
         images, texts = image_list(images), [texts] if isinstance(texts, str) else string_list(texts, "texts")
-        encoded = self._texts(texts)
-        mask = encoded["attention_mask"]
-        states = self._in_batches(self.model.trips.encode_text, encoded["input_ids"], mask)
-        scores = []
-        for start in range(0, len(images), self.batch_size):
-            prefix = self._prefix(images[start : start + self.batch_size], selection, start)
-            pairs = torch.arange(len(prefix.states) * len(texts), device=mask.device)
-            for part in pairs.split(self.batch_size):
-                image_index, text_index = part // len(texts), part % len(texts)
-                output = self.model.trips(
-                    None,
-                    mask[text_index],
-                    image_index=image_index,
-                    prefix=prefix,
-                    text_states=states[text_index],
-                    selection=selection,
-                )
-                logits = self.model.itm_head(output.last_hidden_state[:, 0])  # "match" is class 1
-                scores.append(torch.softmax(logits.float(), dim=-1)[:, 1].cpu())
-        return torch.cat(scores).view(len(images), len(texts))
+        return match_probabilities(self.model, self.processor, images, texts, selection, self.batch_size)
 
     @torch.no_grad()
     def similarity(
@@ -183,15 +163,7 @@ class TripsPipeline:
         """
         self._check("similarity", selection)
         images, texts = image_list(images), [texts] if isinstance(texts, str) else string_list(texts, "texts")
-        encoded = self._texts(texts)
-        text_features = self._in_batches(self.model.encode_texts, encoded["input_ids"], encoded["attention_mask"])
-        image_features = [
-            self.model.encode_image(
-                prefix=self._prefix(images[start : start + self.batch_size], selection, start), selection=selection
-            )
-            for start in range(0, len(images), self.batch_size)
-        ]
-        return (torch.cat(image_features) @ text_features.T).float().cpu()
+        return feature_similarity(self.model, self.processor, images, texts, selection, self.batch_size)
 
     @overload
     def verify(self, images: ImageSource | Sequence[ImageSource], sentence: str,
@@ -223,13 +195,7 @@ class TripsPipeline:
         images, n = image_list(images), self.model.config.reasoning.num_images
         if len(images) != n:
             raise ConfigError("the model takes another number of images", item="images", found=len(images), expected=n)
-        prefix, encoded = self._prefix(images, selection), self._texts(sentences)
-        rows = torch.arange(n, device=prefix.states.device)
-
-        def judge(ids: Tensor, mask: Tensor) -> Tensor:
-            return self.model.verify(None, ids, mask, prefix=prefix.take(rows.repeat(len(ids))), selection=selection)
-
-        found = self._in_batches(judge, encoded["input_ids"], encoded["attention_mask"]).tolist()
+        found = truth_probabilities(self.model, self.processor, images, sentences, selection, self.batch_size)
         return found[0] if isinstance(sentence, str) else found
 
     @overload
@@ -308,20 +274,6 @@ class TripsPipeline:
             raise ConfigError(
                 "not a setting", item="selection", found=type(selection).__name__, expected="a SelectionConfig"
             )
-
-    def _prefix(
-        self, images: Sequence[ImageSource], selection: SelectionConfig | None, first: int | None = None
-    ) -> VisionPrefix:
-        """Of some images; `first` is the number of the first in the caller's list, None for one that stands alone."""
-        names = [None if first is None else f"images[{first + i}]" for i in range(len(images))]
-        pixels = self.processor.normalise([self.processor.resize(one, name) for one, name in zip(images, names)])
-        return self.model.trips.encode_prefix(pixels.to(self.model.device, self.model.dtype), selection)
-
-    def _texts(self, texts: list[str]) -> BatchFeature:
-        return self.processor(text=texts).to(self.model.device)
-
-    def _in_batches(self, function: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([function(*part) for part in zip(ids.split(self.batch_size), mask.split(self.batch_size))])
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> TripsPipeline:

@@ -20,7 +20,8 @@ from transformers import AutoModel, BertModel
 
 from trips.architecture import check_single_stream
 from trips.config import SelectionConfig, TripsConfig, bert_variant, check_locations, num_kept
-from trips.errors import ConfigError, ShapeError
+from trips.encoder_inputs import check_ids, check_images_of_texts, check_one_source, check_rows, text_and_mask
+from trips.errors import ConfigError
 from trips.merging import merge_patches
 from trips.model import TripsModel, TripsOutput, TripsPreTrainedModel
 from trips.selection import Selection, relevance_logits, select_patches
@@ -65,15 +66,9 @@ class TripsSingleStreamModel(TripsPreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What enters the stack of a text, the multimodal [CLS] in the place of its own: (B, L) -> (B, L, D)."""
-        if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
-            raise ShapeError(
-                "ids and mask do not fit",
-                item="input_ids",
-                found=(tuple(input_ids.shape), tuple(attention_mask.shape)),
-                expected="both (B, L)",
-            )
+        check_ids(input_ids, attention_mask)
         words = self.text.embeddings(input_ids=input_ids)[:, 1:] + self.modality_embeddings.weight[_TEXT]
-        return torch.cat([self.vision.reader.cls().to(words.dtype).expand(len(words), -1, -1), words], dim=1)
+        return torch.cat([self.vision.reader.cls().to(words.dtype).expand(words.shape[0], -1, -1), words], dim=1)
 
     def encode_prefix(self, pixel_values: Tensor, selection: SelectionConfig | None = None) -> VisionPrefix:
         """What enters the stack of an image, [CLS] first: (I, 3, H, W) -> (I, 1 + N, D).
@@ -126,32 +121,12 @@ class TripsSingleStreamModel(TripsPreTrainedModel):
         check_single_stream(selection)
         if observe:
             raise ConfigError("a single-stream model has no fusion encoder that could teach the guide", item="observe")
-        if (pixel_values is None) == (prefix is None):
-            raise ConfigError("give either pixel_values or prefix", item="forward")
-        if text_states is None and input_ids is None:
-            raise ConfigError("give input_ids or text_states", item="forward")
-        if attention_mask is None:
-            shape = input_ids.shape if text_states is None else text_states.shape[:2]
-            attention_mask = torch.ones(shape, dtype=torch.long, device=self.modality_embeddings.weight.device)
-        if text_states is None:
-            text_states = self.encode_text(input_ids, attention_mask)
-        elif attention_mask.shape != text_states.shape[:2]:
-            raise ShapeError(
-                "mask and text states do not fit",
-                item="attention_mask",
-                found=tuple(attention_mask.shape),
-                expected=tuple(text_states.shape[:2]),
-            )
+        check_one_source(pixel_values, prefix)
+        text_states, attention_mask = text_and_mask(self.encode_text, input_ids, attention_mask, text_states)
         patches = (self.encode_prefix(pixel_values) if prefix is None else prefix).states[:, 1:]
         if image_index is not None:
             patches = patches.index_select(0, image_index)
-        if patches.shape[0] != text_states.shape[0]:
-            raise ShapeError(
-                "one image per text is needed, or an image_index",
-                item="pixel_values",
-                found=patches.shape[0],
-                expected=text_states.shape[0],
-            )
+        check_rows(patches, text_states)
         states, records, positions = self._read(text_states, attention_mask, patches, selection, generator)
         length = text_states.shape[1]
         return TripsOutput(
@@ -262,30 +237,17 @@ class SingleStreamMultiImageModel(TripsSingleStreamModel):
         Raises:
             ConfigError: neither images nor prefix, or both. ShapeError: another number of images.
         """
-        m, batch = self.config.reasoning.num_images, len(input_ids)
-        if pixel_values is not None:
-            if pixel_values.ndim != 5 or pixel_values.shape[:2] != (batch, m):
-                raise ShapeError(
-                    f"{m} image(s) for each of {batch} text(s) are needed",
-                    item="pixel_values",
-                    found=tuple(pixel_values.shape),
-                    expected=f"({batch}, {m}, 3, H, W)",
-                )
-            pixel_values = pixel_values.flatten(0, 1)
-        elif prefix is not None and len(prefix.states) != batch * m:
-            raise ShapeError(
-                f"{m} image(s) for each of {batch} text(s) are needed",
-                item="prefix",
-                found=f"{len(prefix.states)} rows",
-                expected=f"{batch * m} rows, text by text",
-            )
+        m = self.config.reasoning.num_images
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        text_states = self.encode_text(input_ids, attention_mask)
+        batch = text_states.shape[0]
+        check_images_of_texts(pixel_values, prefix, batch, m)
         output = super().forward(
             None,
             attention_mask.repeat_interleave(m, dim=0),
-            pixel_values,
+            None if pixel_values is None else pixel_values.flatten(0, 1),
             prefix=prefix,
-            text_states=self.encode_text(input_ids, attention_mask).repeat_interleave(m, dim=0),
+            text_states=text_states.repeat_interleave(m, dim=0),
             selection=selection,
             observe=observe,
             generator=generator,
@@ -314,7 +276,7 @@ def _gated_bias(bias: Tensor | None, gates: Tensor, length: int, states: Tensor)
 
     A pre-norm layer takes a token's scale back before it reads it, so the gate weighs the token where it is read.
     """
-    text = states.new_zeros(len(states), 1, 1, length) if bias is None else bias[..., :length]
+    text = states.new_zeros(states.shape[0], 1, 1, length) if bias is None else bias[..., :length]
     return torch.cat([text, gates.log().to(states.dtype)[:, None, None]], dim=-1)
 
 

@@ -170,6 +170,7 @@ def test_another_resolution_and_a_guide(tmp_path) -> None:
 
 
 LAYER = "text_encoder.bert.encoder.layer."
+INTEGERS = torch.ones(128, dtype=torch.int8)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,10 @@ LAYER = "text_encoder.bert.encoder.layer."
         ("pretraining", {"temp": None}, "missing keys.*temp"),
         ("pretraining", {"itm_head.": None}, "missing keys.*itm_head"),
         ("pretraining", {"itm_head.weight": torch.ones(2, 64)}, r"another shape.*itm_head\.weight.*\(2, 64\)"),
+        ("pretraining", {"text_encoder_m.bert.embeddings.LayerNorm.bias": INTEGERS}, "_m.*bias: holds no.*int8"),
+        ("pretraining", {"temp": torch.ones(1, dtype=torch.int64)}, "temp: holds no floating-point numbers.*int64"),
+        ("pretraining", {"image_queue": torch.ones(16, 12, dtype=torch.int8)}, "image_queue: holds no floating-point"),
+        ("vqa", {"text_decoder.bert.encoder.layer.0.output.dense.bias": INTEGERS}, "text_decoder.*bias: holds no"),
         ("pretraining", {"text_encoder.cls.predictions.decoder.weight": torch.ones(40, 128)}, "layer of its own"),
         ("pretraining", {"text_queue": torch.ones(16, 5)}, "text_queue.*queues do not fit"),
         ("vqa", {"text_decoder.cls.predictions.decoder.bias": torch.ones(40)}, "decoder.bias.*layer of its own"),

@@ -10,11 +10,12 @@ import checkpoint_layouts as layouts
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import randomise
+from tiny import randomise, tiny_bert_config
 from torch import Tensor
+from transformers import BertForMaskedLM
 
 from trips.errors import CheckpointError, ConfigError
-from trips.importers import import_checkpoint, load_vision_tower, read_tensors
+from trips.importers import import_checkpoint, load_text_tower, load_vision_tower, read_tensors
 
 
 def written(tensors: dict[str, Tensor], path: Path) -> Path:
@@ -39,6 +40,25 @@ def test_integers_are_no_weights(tmp_path) -> None:
     path = written({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "vit.safetensors")
     with pytest.raises(CheckpointError, match=f"{name}: holds no floating-point numbers.*int8"):
         load_vision_tower(path)
+
+
+@pytest.mark.parametrize("form", ["file", "plain file", "folder"])
+def test_nor_are_they_in_a_bert(tmp_path, form) -> None:
+    """Whoever reads it: of old files only the position ids are integers."""
+    name = "bert.encoder.layer.1.output.dense.weight"
+    model = randomise(BertForMaskedLM(tiny_bert_config(128, num_layers=2, num_attention_heads=2)))
+    ids = {"bert.embeddings.position_ids": torch.arange(24)[None]}
+    good = {**layouts.on_disk(model), **ids}
+    if form == "plain file":
+        good = {key.removeprefix("bert."): value for key, value in good.items() if key.startswith("bert.")}
+        name = name.removeprefix("bert.")
+    model.config.save_pretrained(tmp_path)
+    path = written(good, tmp_path / "model.safetensors")
+    source = tmp_path if form == "folder" else path
+    load_text_tower(source)
+    written({**good, name: good[name].to(torch.int8)}, path)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {name}: holds no floating-point numbers.*(int8|I8)"):
+        load_text_tower(source)
 
 
 def test_shards_of_transformers(tmp_path) -> None:

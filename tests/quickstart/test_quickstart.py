@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import numpy as np
@@ -146,3 +147,14 @@ def test_patch_labels_name_the_band_at_the_centre():
         assert len(inside) == 1 and names[labels["band"][patch]] == inside[0].name
     assert ((labels["shape"] > 0) == (scene.patch_labels(8) > 0)).all()
     assert labels["shape"].max() <= 16 and labels["colour"].max() <= 8
+
+
+def test_the_page_shows_the_table_and_what_the_saved_model_says(smoke):
+    out, results = smoke
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert all(f">{guide}</th>" in text for guide in GUIDES) and all(
+        html.escape(line) in text for line in results["findings"]
+    )
+    assert text.count('class="verdict') == 5 and text.count('class="gone"') == 10
+    assert set(results["losses"]["fine_tuning"]) == set(GUIDES)
+    assert [points[-1][0] for points in results["losses"]["warm_up"].values()] == [3, 6, 3, 2]

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from train.test_run import write_tar
 
 from trips import TripsForImageTextRetrieval, TripsForPreTraining, TripsForQuestionAnswering
+from trips.calibration import calibrate
 from trips.data.pair_records import PairRecord
 from trips.data.records import BadSamples
 from trips.data.remote import ShardCache
-from trips.errors import CheckpointError, TripsError
+from trips.errors import CheckpointError, ConfigError, TripsError
 from trips.processor import TripsProcessor
 from trips.train.pair_evaluation import evaluate_retrieval
 from trips.train.pretraining import join_images, read_pairs
@@ -226,3 +227,23 @@ def test_pretraining_reads_the_same_lists(pretrained: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, recipe_for: Make, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TripsError, match=message):
         run_recipe(recipe_for(tmp_path / "out", **changes))
+
+
+def test_a_run_goes_on_from_a_calibrated_model(tmp_path: Path, pretrained: Path, recipe_for: Make) -> None:
+    """By its fitted guide, which must then be there, or by the layer's own."""
+    noise = torch.randint(0, 256, (40, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pairs = [(Image.fromarray(one.numpy()), f"{word} box") for one in noise for word in ("red", "tall", "big blue")]
+    fitted = calibrate(pretrained, pairs, tmp_path / "fitted", layers=(2,), keep_rate=0.5, held_out=0.3)
+    changes = {"optim.steps": 1, "model.selection.layers": [2], "model.selection.keep_rate": 0.5}
+    asks = {"model.selection.guide_query": "calibrated"}
+    run_recipe(recipe_for(tmp_path / "a", **changes, **asks, **{"model.start_from": fitted.written_to}))
+    model = TripsForImageTextRetrieval.from_pretrained(tmp_path / "a" / "model")
+    assert model.config.calibrated_layers == (2,) and model.config.selection.guide_query == "calibrated"
+    ours, theirs = (one.trips.vision.calibration.weight_2 for one in (model, fitted.pipeline.model))
+    assert torch.equal(ours, theirs) and ours.any()
+    assert evaluate_run(tmp_path / "a")["first_stage"]
+    run_recipe(recipe_for(tmp_path / "b", **changes, **{"model.start_from": fitted.written_to}))
+    assert not TripsForImageTextRetrieval.from_pretrained(tmp_path / "b" / "model").config.calibrated_layers
+    for start, error, match in ((pretrained, ConfigError, "no calibrated query"), ("/no", CheckpointError, "saved")):
+        with pytest.raises(error, match=match):
+            run_recipe(recipe_for(tmp_path / "no", **changes, **asks, **{"model.start_from": str(start)}))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trips.errors import CheckpointError, UnsupportedModelError
-from trips.importers.files import TensorFile
+from trips.importers.files import TensorFile, check_floating
 from trips.importers.report import first_names
 
 Kind = Literal["albef", "albef_retrieval", "albef_vqa", "albef_nlvr"]
@@ -136,6 +136,8 @@ def _sort(tensors: Mapping[str, Tensor], file: TensorFile, mark: str, original: 
             unexpected.append(source)
     if unexpected:
         raise CheckpointError("unexpected keys", item=file.path, found=first_names(unexpected))
+    check_floating({model.source[name]: value for name, value in model.state.items()}, file.path)
+    check_floating({name: tensors[name] for name in ("image_queue", "text_queue") if name in tensors}, file.path)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,7 @@ def build_model_from_towers(
     selection: SelectionConfig | None = None,
     pretraining: PretrainingConfig | None = None,
     reasoning: ReasoningConfig | None = None,
+    calibrated_layers: Sequence[int] = (),
     dropout: float | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
@@ -63,6 +64,7 @@ def build_model_from_towers(
         selection: default setting of the model.
         pretraining: objectives and teacher, for `TripsForPreTraining`.
         reasoning: images and their fusion, for `TripsForVisualReasoning`.
+        calibrated_layers: vision layers that get room for a fitted guide (zeros); see `trips.calibrate`.
         dropout: replaces the text tower's dropout where given.
         bos_token_id, eos_token_id: the tokenizer's [CLS] and [SEP], for a decoder.
         image_size, num_heads, activation: of the vision tower, see `load_vision_tower`.
@@ -96,6 +98,7 @@ def build_model_from_towers(
         pretraining=pretraining,
         reasoning=reasoning,
         architecture=architecture,
+        calibrated_layers=tuple(calibrated_layers),
     )
     model = build_encoder(config) if task is TripsModel else task(config)
     trips = getattr(model, "trips", model)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,6 +76,33 @@ def read_tensors(path: str | Path, *, pickled: bool = False) -> TensorFile:
             hint=f'"trips import {path.name} FOLDER" writes one',
         )
     return _unwrap(path, content)
+
+
+def check_floating(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `CheckpointError`, with file and key, for integers, of which a quantised model consists.
+
+    Without their scales they mean nothing. Position ids, which old files hold, are no weights.
+    """
+    for name, value in tensors.items():
+        if not value.is_floating_point() and not name.endswith("position_ids"):
+            raise _no_weights(path, name, str(value.dtype).removeprefix("torch."))
+
+
+def check_floating_files(folder: Path) -> None:
+    """`check_floating` of the .safetensors of a folder that transformers reads, by their headers alone."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        except SafetensorError:
+            continue  # transformers says what is wrong with it
+        for name, kind in types.items():
+            if not kind.startswith(("F", "BF")) and not name.endswith("position_ids"):
+                raise _no_weights(path, name, kind)
+
+
+def _no_weights(path: Path, name: str, found: str) -> CheckpointError:
+    return CheckpointError("holds no floating-point numbers", item=f"{path}: {name}", found=found)
 
 
 def _read_safe(path: Path) -> dict[str, Tensor]:

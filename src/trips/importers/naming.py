@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from trips.errors import CheckpointError
+from trips.importers.files import check_floating
 from trips.importers.report import first_names
 
 _TIMM = {
@@ -230,20 +232,18 @@ def _check_complete(parts: Parts, prefix: str, item: object) -> None:
         )
 
 
-def check_shapes(parts: Parts, item: object) -> None:
+def check_shapes(parts: Parts, item: Path) -> None:
     """Raise `CheckpointError` that names the first tensor of another shape than follows from the patch embedding's.
 
-    So are integers, of which a quantised model consists: without their scales they mean nothing.
+    Integers are refused too; see `check_floating`.
     """
+    check_floating({part.source: part.value for part in parts.parts}, item)
     width = parts.find("patch", "weight").shape[0]
     ffn = parts.find("fc1", "weight")
     inner = ffn.shape[0] if ffn is not None else None
     out = {"qkv": 3 * width, "query": width, "key": width, "value": width, "out": width, "fc1": inner, "fc2": width}
     into = {"fc2": inner}
     for part in parts.parts:
-        if not part.value.is_floating_point():
-            raise CheckpointError("holds no floating-point numbers", item=f"{item}: {part.source}",
-                                  found=str(part.value.dtype))  # fmt: skip
         shape = tuple(part.value.shape)
         if part.role in out:
             expected = (out[part.role],) if part.leaf == "bias" else (out[part.role], into.get(part.role, width))

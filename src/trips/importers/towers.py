@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, BertConfig, BertModel, PreTrainedConfig, PreTrainedModel
 
 from trips.errors import CheckpointError, ConfigError, TripsError, UnsupportedModelError
-from trips.importers.files import TensorFile, read_tensors
+from trips.importers.files import TensorFile, check_floating, check_floating_files, read_tensors
 from trips.importers.originals import HEAD_WIDTH, Activation, original_file, read_original
 from trips.importers.positions import resize_positions
 from trips.importers.report import ImportReport, first_names
@@ -157,7 +157,7 @@ def bert_state(file: TensorFile) -> tuple[dict[str, Tensor], str]:
     """The tensors of a BERT without their prefix, and the prefix; transformers itself knows the older names of norms.
 
     Raises:
-        CheckpointError: there is no BERT among them.
+        CheckpointError: there is no BERT among them, or one of integers.
     """
     mark = "embeddings.word_embeddings.weight"
     prefix = next((name for name in ("", "bert.") if name + mark in file.tensors), None)
@@ -168,6 +168,7 @@ def bert_state(file: TensorFile) -> tuple[dict[str, Tensor], str]:
             found=first_names(file.tensors),
             expected=f"{mark}, encoder.layer.0.attention.self.query.weight and so on",
         )
+    check_floating({name: v for name, v in file.tensors.items() if name.startswith((prefix, "cls."))}, file.path)
     named = file.tensors.items()
     state = {name.removeprefix(prefix): value for name, value in named if name.startswith(prefix)}
     return state, prefix
@@ -238,6 +239,8 @@ def _load(
     state: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """By transformers, from its own folder or from tensors under the names that it stores."""
+    if state is None:  # transformers would take integers for what they are worth
+        check_floating_files(Path(name_or_path))
     try:
         model, info = model_class.from_pretrained(
             None if state is not None else str(name_or_path),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02
 """Largest difference, in units of 1e9, at which a count reproduces a printed figure."""
 _PATCH = 16  # pixels of the paper's tower
-_SPEED_FIGURES = ("throughput", "throughput_ratio", "latency_ms", "latency_ratio")
+SPEED_FIGURES = ("throughput", "throughput_ratio", "latency_ms", "latency_ratio")
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _summary(rows: dict[int, Figures]) -> dict[str, Any]:
 
 
 def _times(rows: dict[int, Figures]) -> dict[str, float]:
-    return {name: rows[0][name] for name in _SPEED_FIGURES}
+    return {name: rows[0][name] for name in SPEED_FIGURES}
 
 
 def _joined(

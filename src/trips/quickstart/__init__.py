@@ -1,6 +1,7 @@
 """The quick-start: warm up a small model on the embedded corpus, teach it to select in several ways, compare.
 
-`plan` says how much of what, `stages` trains, `evaluation` measures, `report` writes table, figure and JSON.
+`plan` says how much of what, `stages` trains, `evaluation` measures, `report` makes table, figure and sentences,
+`page` the page of a run.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trips.config import SelectionConfig
 from trips.data.scene_batches import TEST_START, SceneBatcher
-from trips.data.scenes import QUESTION_TYPES, SceneConfig, text_prior
+from trips.data.scenes import QUESTION_TYPES, Scene, SceneConfig, SceneCorpus, SceneText, text_prior
 from trips.paper.figures import draw_selection, selection_row
 from trips.quickstart.plan import QuickstartPlan
 from trips.tasks.vqa import TripsForQuestionAnswering
@@ -95,14 +95,19 @@ def findings(rows: list[dict[str, Any]], plan: QuickstartPlan) -> list[str]:
     return lines
 
 
+def pictured(corpus: SceneCorpus) -> tuple[Scene, list[SceneText]]:
+    """The test scene that pictures show, and five questions about it."""
+    scene = corpus.scene(TEST_START)
+    kinds = ("object", "object", "existence", "counting", "background")
+    return scene, [corpus.questions(scene, 2 + i, types=(kind,))[-1] for i, kind in enumerate(kinds)]
+
+
 @torch.no_grad()
 def draw_kept_patches(
     model: TripsForQuestionAnswering, batcher: SceneBatcher, selection: SelectionConfig, path: Path, title: str
 ) -> Path:
     """One test scene under several questions: what is kept behind every location."""
-    scene = batcher.corpus.scene(TEST_START)
-    kinds = ("object", "object", "existence", "counting", "background")
-    questions = [batcher.corpus.questions(scene, 2 + i, types=(kind,))[-1] for i, kind in enumerate(kinds)]
+    scene, questions = pictured(batcher.corpus)
     device = next(model.parameters()).device
     encoded = batcher.processor(text=[question.text for question in questions])
     pixels = batcher.pixels([scene]).to(device)

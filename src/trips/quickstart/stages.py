@@ -196,7 +196,7 @@ def fine_tune(
         vision_lr=plan.tune_lr,
         warmup_steps=min(50, plan.tune_steps),
         seed=seed,
-        log_every=100,
+        log_every=50,
         beta2=_BETA2,
     )
     full = with_mixture(batcher, plan.question_mixture)

@@ -102,7 +102,7 @@ class TripsForVisualReasoning(TripsPreTrainedModel):
         if input_ids is None:
             raise ConfigError("give input_ids", item="forward")
         if labels is not None:
-            self._check_labels(labels, len(input_ids))
+            self._check_labels(labels, input_ids.shape[0])
         output = self.trips(
             input_ids,
             attention_mask,

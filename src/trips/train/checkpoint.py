@@ -190,13 +190,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict({**state, "state": moments})
 
 
-def load_model_state(model: nn.Module, state: Mapping[str, Tensor], item: Path) -> None:
-    """Load parameters and buffers, after checking that names and shapes are the model's own.
-
-    Raises:
-        CheckpointError: names the first parameters that are missing, unexpected or of another shape.
-    """
-    own = model.state_dict()
+def state_problems(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state from the place of another, a few words for each name: missing, unexpected, another shape."""
     problems = [f"{name} missing" for name in own if name not in state]
     problems += [f"{name} unexpected" for name in state if name not in own]
     problems += [
@@ -204,6 +199,17 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], item: Path) 
         for name, value in own.items()
         if name in state and isinstance(value, Tensor) and state[name].shape != value.shape
     ]
+    return problems
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor], item: Path) -> None:
+    """Load parameters and buffers, after checking that names and shapes are the model's own.
+
+    Raises:
+        CheckpointError: names the first parameters that are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    problems = state_problems(own, state)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(

@@ -191,6 +191,7 @@ class _Run:
             checkpoint=self.state.checkpoint,
             interrupted=interrupted,
             contrastive_batch=self.contrastive_batch,
+            history=tuple(monitor.records),
         )
 
     def _due(self, step: int, every: int) -> bool:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trips")
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class LossWindow:
     """Mean losses since the last reading, summed on the device: only `read` waits for it.
@@ -53,7 +55,9 @@ class LossWindow:
 
 
 class Monitor:
-    """Progress bar, log lines and metric files of one run, as a context manager.
+    """Progress bar, log lines and metric files of one run, as a context manager; ``records`` are the lines so far.
+
+    The first line behind a resume says ``resumed_from``, the step that the run went on from.
 
     Args:
         out_dir: where metrics.jsonl goes; None writes none.
@@ -73,6 +77,7 @@ class Monitor:
         enabled: bool = True,
     ) -> None:
         self.total, self.start, self.enabled, self.trackers = total, start, enabled, trackers
+        self.records: list[dict[str, Any]] = []
         self._file = None
         self._bar = Progress(
             TextColumn("train"),
@@ -86,7 +91,7 @@ class Monitor:
         )
         self._task = self._bar.add_task("train", total=total, completed=start, note="")
         if out_dir is not None and enabled:
-            path = out_dir / "metrics.jsonl"
+            path = out_dir / METRICS_FILE
             kept = lines_until(path, start)
             self._file = open(path, "w", encoding="utf-8")
             self._file.writelines(kept)
@@ -119,8 +124,11 @@ class Monitor:
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         logger.info("%s step %d/%d  %s", kind, step, self.total, text)
         self._bar.update(self._task, note=text)
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **_plain(values)}
+        if self.start and not self.records:
+            record["resumed_from"] = self.start
+        self.records.append(record)
         if self._file is not None:
-            record = {"kind": kind, "step": step, "time": round(time.time(), 3), **_plain(values)}
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         for tracker in self.trackers:

@@ -206,6 +206,7 @@ def _type_of(key: str) -> Any:
     return kind
 
 
+@functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     """Types of a dataclass's fields, and of nothing else that its class declares."""
     hints = typing.get_type_hints(kind)

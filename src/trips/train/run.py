@@ -25,6 +25,7 @@ from trips.train.loop import train
 from trips.train.parallel import on_main
 from trips.train.recipe import Recipe
 from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, recipe_values, save_recipe
+from trips.train.run_report import RECIPE_FILE, REPORT_FILE, RESULTS_FILE, keep_report
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import Precision, TrainSettings, uses_bf16
 from trips.train.task import TaskParts, task_module
@@ -50,15 +51,14 @@ _SETTLED = (
 )  # fmt: skip
 _MEASURED = ("model.selection.", "model.reasoning.num_images")
 
-RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
-
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train and measure as a recipe says; everything goes into ``recipe.run.out``.
 
     Written there: recipe.yaml (every key, enough to repeat the run), checkpoints/, metrics.jsonl, tensorboard/,
     model/ (weights, processor and model card, for ``from_pretrained``), what the task adds (answers.json, the list
-    that is ranked, and answers_test.json, what the model said, as an evaluation server takes it), results.json.
+    that is ranked, and answers_test.json, what the model said, as an evaluation server takes it), results.json, and
+    report.html, a page of it all (see `trips.train.run_report`).
 
     Returns:
         What results.json holds: ``environment``, ``recipe``, the task's figures (for VQA see `VqaMeasurement`, and
@@ -108,7 +108,8 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
     if main:
         save_recipe(recipe, out / f"{RECIPE_FILE}.partial")
         os.replace(out / f"{RECIPE_FILE}.partial", out / RECIPE_FILE)
-        (out / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run here: it stands for a finished one
+        for file in (RESULTS_FILE, REPORT_FILE):  # of an earlier run here
+            (out / file).unlink(missing_ok=True)
         parts.write_files(out)
     report = train(
         parts.model,
@@ -157,6 +158,9 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
         )
         _write_json(out / RESULTS_FILE, results)
         logger.info("%s", parts.bad_samples.summary())
+    if main:
+        finished = bool(results)
+        keep_report(out, parts.model if finished else None, parts.processor if finished else None)
     accelerator.wait_for_everyone()
     return results
 

@@ -142,6 +142,7 @@ class TrainReport:
         interrupted: a signal ended the run after `steps`, before the last; the same call goes on from there.
         contrastive_batch: samples that a contrastive loss compares with each other: a micro-batch over all processes,
             whatever the accumulation. None for a model without ``contrastive = True``.
+        history: the log lines of this call, as metrics.jsonl has them; empty on all processes but the first.
     """
 
     steps: int
@@ -154,3 +155,4 @@ class TrainReport:
     checkpoint: Path | None
     interrupted: bool = False
     contrastive_batch: int | None = None
+    history: tuple[dict[str, Any], ...] = ()

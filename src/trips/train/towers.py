@@ -28,6 +28,7 @@ from trips.importers import build_model_from_towers
 from trips.model import TripsPreTrainedModel
 from trips.processor import TripsProcessor
 from trips.train.recipe import DataSection, ModelSection
+from trips.train.transfer import saved_config
 
 ModelT = TypeVar("ModelT", bound=TripsPreTrainedModel)
 
@@ -75,10 +76,14 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
     """Model of a recipe, of the class `task`, with public weights, or random ones where the recipe says "tiny".
 
     Raises:
-        ConfigError: only one of the two towers is "tiny".
+        ConfigError: only one of the two towers is "tiny"; a calibrated guide that nothing brings.
+        CheckpointError: a calibrated guide, and no saved model where it should come from.
     """
     tokenizer = processor.tokenizer
     special = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    calibrated_layers: tuple[int, ...] = ()
+    if model.start_from is not None and model.selection.guide_query == "calibrated":
+        calibrated_layers = saved_config(Path(model.start_from)).calibrated_layers
     if (model.vision == "tiny") != (model.text == "tiny"):
         raise ConfigError("tiny towers fit only each other", item="model.vision, model.text", found=model.vision)
     if model.vision != "tiny":
@@ -93,6 +98,7 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
             selection=model.selection,
             pretraining=model.pretraining,
             reasoning=model.reasoning,
+            calibrated_layers=calibrated_layers,
             dropout=model.dropout,
             **special,
         )
@@ -121,6 +127,7 @@ def build_model(model: ModelSection, processor: TripsProcessor, task: type[Model
             pretraining=model.pretraining,
             reasoning=model.reasoning,
             architecture=model.architecture,
+            calibrated_layers=calibrated_layers,
         )
     )
 

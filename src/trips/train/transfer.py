@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from trips.config import TripsConfig
 from trips.errors import CheckpointError, TripsError
+from trips.guide_query import CalibratedQueries
 from trips.model import TripsPreTrainedModel
 from trips.tasks.nlvr2 import TripsForVisualReasoning
 from trips.tasks.pretraining import TripsForPreTraining
 from trips.tasks.retrieval import TripsForImageTextRetrieval
+from trips.train.checkpoint import state_problems
 
 logger = logging.getLogger("trips")
 
@@ -27,7 +30,8 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
     as far as it has no more layers than the fusion encoder. Where a text has several images, each image's path through
     the fusion encoder starts as a copy of it and the classifier at random; such a model may also start from one of its
     own class, and then takes the classifier too, without the last layer if that learnt another objective. TRIPS-S has
-    no fusion encoder that a decoder could start from.
+    no fusion encoder that a decoder could start from. The fitted guide of a calibrated model is taken by a model that
+    has room for it, which one has whose recipe says ``guide_query: calibrated``; others leave it behind.
 
     Args:
         model: of any task, of the same towers.
@@ -36,12 +40,8 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
     Raises:
         CheckpointError: no such model, or another architecture; names the first parameters that do not fit.
     """
-    if not (folder / "config.json").is_file():
-        hint = f"a run keeps it in {folder / 'model'}" if (folder / "model").is_dir() else None
-        expected = "config.json and model.safetensors in it"
-        raise CheckpointError("is not a saved model", item=folder, expected=expected, hint=hint)
     if isinstance(model, TripsForImageTextRetrieval):
-        source = _read(folder, type(model))  # a retrieval model leaves the head for masked tokens where it is
+        source = _read(folder, model, type(model))  # a retrieval model leaves the head for masked tokens where it is
         for name in ("trips", *(head for head in model.heads if head != "temperature")):
             _copy(getattr(source, name), getattr(model, name), folder)
         model.temperature.data.copy_(source.temperature.data)
@@ -50,7 +50,7 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
         return
     reasons = isinstance(model, TripsForVisualReasoning)
     kinds = (TripsForPreTraining, TripsForImageTextRetrieval)
-    source = _read(folder, *kinds, *([TripsForVisualReasoning] if reasons else []))
+    source = _read(folder, model, *kinds, *([TripsForVisualReasoning] if reasons else []))
     if reasons:
         _start_reasoning(source, model, folder)
         logger.info("started from %s", folder)
@@ -79,16 +79,35 @@ def start_from(model: TripsPreTrainedModel, folder: Path) -> None:
     logger.info("started from %s", folder)
 
 
-def _read(folder: Path, *kinds: type[TripsPreTrainedModel]) -> TripsPreTrainedModel:
-    """The saved model, of the class that wrote it if that is among `kinds`, else of the first of them."""
+def saved_config(folder: Path) -> TripsConfig:
+    """The configuration of a saved model; `CheckpointError` if there is none, or it cannot be read."""
+    if not (folder / "config.json").is_file():
+        hint = f"a run keeps it in {folder / 'model'}" if (folder / "model").is_dir() else None
+        expected = "config.json and model.safetensors in it"
+        raise CheckpointError("is not a saved model", item=folder, expected=expected, hint=hint)
+    with _reading(folder):
+        return TripsConfig.from_pretrained(folder)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     try:
-        written = TripsConfig.from_pretrained(folder).architectures or ()
-        kind = next((kind for kind in kinds if kind.__name__ in written), kinds[0])
-        source, info = kind.from_pretrained(folder, output_loading_info=True)
+        yield
     except TripsError:
         raise
     except Exception as error:  # transformers and safetensors raise many types for damaged files
         raise CheckpointError(f"model cannot be read ({str(error).splitlines()[0]})", item=folder) from error
+
+
+def _read(folder: Path, model: TripsPreTrainedModel, *kinds: type[TripsPreTrainedModel]) -> TripsPreTrainedModel:
+    """The saved model, of the class that wrote it if that is among `kinds`, else of the first of them.
+
+    Without the fitted guide for which the new `model` has no room.
+    """
+    written = saved_config(folder).architectures or ()
+    kind = next((kind for kind in kinds if kind.__name__ in written), kinds[0])
+    with _reading(folder):
+        source, info = kind.from_pretrained(folder, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # they would be random here, without a word
         tasks = "pretrain" if kinds == (TripsForPreTraining,) else "pretrain or retrieval"
         raise CheckpointError(
@@ -97,6 +116,9 @@ def _read(folder: Path, *kinds: type[TripsPreTrainedModel]) -> TripsPreTrainedMo
             found=f"{missing[0]} and {len(missing) - 1} more parameters missing",
             expected=f"the model folder of a run whose task is {tasks}",
         )
+    if source.config.calibrated_layers and not model.config.calibrated_layers:
+        logger.info('%s: its fitted guide is left behind; model.selection.guide_query="calibrated" takes it', folder)
+        source.trips.vision.calibration = CalibratedQueries((), 0, 0)
     return source
 
 
@@ -118,15 +140,7 @@ def _start_reasoning(source: TripsPreTrainedModel, model: TripsForVisualReasonin
 
 def _copy(source: nn.Module | Mapping[str, Tensor], target: nn.Module, folder: Path) -> None:
     theirs = source.state_dict() if isinstance(source, nn.Module) else source
-    ours = target.state_dict()
-    wrong = [f"{name} missing" for name in ours if name not in theirs]
-    wrong += [f"{name} unexpected" for name in theirs if name not in ours]
-    wrong += [
-        f"{name} of shape {tuple(theirs[name].shape)} for {tuple(value.shape)}"
-        for name, value in ours.items()
-        if name in theirs and theirs[name].shape != value.shape
-    ]
-    if wrong:
+    if wrong := state_problems(target.state_dict(), theirs):
         raise CheckpointError(
             "is of another architecture",
             item=folder,
