@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import re
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +17,19 @@ from browser import visit
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from report_runs import EVIL, Tags, photos, trained
 
 from trips import cli
 from trips.report.charts import Chart, Series, thinned
 from trips.report.page import MOST_BYTES, Bars, Code, Note, Page, Section, Table, render
 from trips.report.pictures import Example, Picture, edge_path, removed_path
-from trips.train import run_report
 from trips.train.monitor import METRICS_FILE, Monitor
 from trips.train.recipe_io import load_recipe, recipe_values
 from trips.train.recipe_origin import command_of, nearest_recipe
-from trips.train.run import run_recipe
 from trips.train.run_curves import read_metrics, training_curves
 from trips.train.run_examples import choose
 
-EVIL = "<script>alert('x')</script><img src=http://example.org/x.png onerror=alert(2)>&\"'"
 ANSWERS = ("red", "<b>green</b>")
-
-
-class Tags(HTMLParser):
-    """Tags with their attributes, and all text outside of the style sheet."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self._open = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._open = tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
 
 
 def curve_points(svg: str) -> list[tuple[float, float]]:
@@ -220,32 +193,6 @@ def test_keep_rates_are_those_of_the_schedule() -> None:
     assert [y for _, y in chart.series[1].points] == [1.0, 0.85, 0.7, 0.7]
 
 
-def photos(folder: Path, count: int) -> list[str]:
-    """Pictures of noise in one of three colours."""
-    rng = np.random.default_rng(1)
-    for number in range(count):
-        pixels = rng.integers(0, 60, (150, 200, 3), np.uint8)
-        pixels[..., number % 3] += 180
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return [f"{number}.png" for number in range(count)]
-
-
-def listing(path: Path, rows: list[dict[str, Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def trained(folder: Path, name: str, rows: list[dict[str, Any]], **changes: Any) -> Path:
-    """Folder of a finished run on a list of its own."""
-    data, out = listing(folder / "list.csv", rows), folder / "out"
-    keys = {"data.train": [str(data)], "data.test": [str(data)], "run.out": str(out), "run.trackers": []}
-    run_recipe(load_recipe(name, {**keys, "run.log_every": 1, "run.save_every": 0, **changes}))
-    return out
-
-
 @pytest.fixture(scope="module")
 def vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose questions and answers try to be markup."""
@@ -301,16 +248,6 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, content: str, capsy
     (tmp_path / "results.json").write_text(content)
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "results.json" in (error := capsys.readouterr().err) and error.count("\n") == 1
-
-
-def test_a_mistake_in_a_page_does_not_spoil_a_run(vqa_run: Path, monkeypatch, caplog) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("of the page")
-
-    monkeypatch.setattr(run_report, "write_run_report", fail)
-    with caplog.at_level(logging.WARNING, "trips"):
-        run_report.keep_report(vqa_run, None, None)
-    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("task", ["pretrain", "retrieval"])

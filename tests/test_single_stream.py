@@ -413,6 +413,11 @@ def test_bad_calls_are_named(model) -> None:
         model(ids, mask, images(1))
     with pytest.raises(ShapeError, match="input_ids"):
         model(ids, mask[:, :-1], images())
+    most = model.config.text_config.max_position_embeddings
+    long = torch.full((2, most + 1), 5)
+    with pytest.raises(ShapeError, match=rf"longer than the model has positions.*{most + 1} tokens.*at most {most}"):
+        model(long, torch.ones_like(long), images())
+    assert model(long[:, :most], pixel_values=images()).last_hidden_state.shape[1] == most
     with pytest.raises(ShapeError, match="attention_mask"):
         model(attention_mask=mask[:, :-1], text_states=model.encode_text(ids, mask), pixel_values=images())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,13 @@ def demo(
 
 
 def wait() -> None:
-    """Until the process is interrupted."""
-    threading.Event().wait()
+    """Until the process is interrupted, or told to end, which would leave the visitors' files behind."""
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        ended.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 VERBS: dict[str, Callable[..., Any]] = {"demo": demo}

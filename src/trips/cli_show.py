@@ -64,7 +64,7 @@ def _show_quickstart(results: Mapping[str, Any]) -> None:
     console.print(results_table(results["rows"]))
     for line in results["findings"]:
         console.print(f"- {line}", highlight=False)
-    console.print(f"{results['seconds']:.0f} s; written to {results['out']}: results.json, kept_patches.png, model/")
+    console.print(f"{results['seconds']:.0f} s; written to {results['out']}: report.html, results.json, model/")
 
 
 def _text(value: Any) -> str:

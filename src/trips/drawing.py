@@ -157,10 +157,15 @@ def outlined(picture: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
     return np.asarray(image)
 
 
-def enlarged(image: np.ndarray, boxes: Sequence[Box] = ()) -> tuple[np.ndarray, tuple[Box, ...]]:
-    """The photo and its boxes in the size that is drawn: fine enough for straight edges, small enough for a file."""
+def enlarged(image: np.ndarray, boxes: Sequence[Box] = (), *, side: int = _SIDE) -> tuple[np.ndarray, tuple[Box, ...]]:
+    """The photo and its boxes in the size that is drawn: fine enough for straight edges, small enough for a file.
+
+    Args:
+        image: (H, W, 3) uint8. boxes: in its pixels.
+        side: pixels of the longer side as drawn.
+    """
     height, width = image.shape[:2]
-    factor = _SIDE / max(height, width)
+    factor = side / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
     smooth = Image.Resampling.NEAREST if max(height, width) <= _PIXEL_ART else Image.Resampling.BICUBIC
     photo = np.asarray(Image.fromarray(image).resize(size, smooth))

@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from trips.vision import VisionPrefix
 
 
-def check_ids(input_ids: Tensor, attention_mask: Tensor) -> None:
-    """`ShapeError` unless both are (B, L)."""
+def check_ids(input_ids: Tensor, attention_mask: Tensor, most: int) -> None:
+    """`ShapeError` unless both are (B, L) and L is at most `most`, the positions that the text embeddings have."""
     if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
         raise ShapeError(
             "ids and mask do not fit",
             item="input_ids",
             found=(tuple(input_ids.shape), tuple(attention_mask.shape)),
             expected="both (B, L)",
+        )
+    if input_ids.shape[1] > most:
+        raise ShapeError(
+            "a text is longer than the model has positions",
+            item="input_ids",
+            found=f"{input_ids.shape[1]} tokens",
+            expected=f"at most {most}",
+            hint="a processor with max_text_length of as many cuts it",
         )
 
 

@@ -185,7 +185,7 @@ def explain_texts(
     prefix = encoder.encode_prefix(pixels, selection)
     encoded = processor(text=list(texts)).to(model.device)
     parts = encoded["input_ids"].split(batch_size), encoded["attention_mask"].split(batch_size)
-    locations: list[tuple[Location, ...]] = []
+    found: list[Explanation] = []
     for ids, mask in zip(*parts):
         rows = prefix.take(torch.zeros_like(ids[:, 0]))
         states = encoder.encode_text(ids, mask)
@@ -193,14 +193,34 @@ def explain_texts(
             records = encoder.vision.suffix(rows, states[:, 0], selection).selections
         else:
             records = _joint_records(encoder, mask, rows, states, selection)
-        locations += [_locations(records, row, grid[0] * grid[1]) for row in range(len(ids))]
-    if not all(locations):  # so few patches that a rate below 1 keeps them all
+        for row in range(len(ids)):
+            found.append(explain_records(records, photo, texts[len(found)], selection, grid, row=row, name=name))
+    if not all(one.locations for one in found):  # so few patches that a rate below 1 keeps them all
         check_explainable(selection.replace(keep_rate=1.0))
+    return found
+
+
+def explain_records(
+    records: Sequence[Selection],
+    photo: Image.Image,
+    text: str,
+    selection: SelectionConfig,
+    grid: tuple[int, int],
+    *,
+    row: int = 0,
+    name: str = "image",
+) -> Explanation:
+    """What a pass that has been made kept: one sample of its records, without a pass of its own.
+
+    Args:
+        records: one per location, of any task's output; without any the explanation has no locations.
+        photo: upright and in full. text: of the sample.
+        selection: of the pass.
+        grid: patches (down, across).
+        row: number of the sample. name: of the photo.
+    """
     fate: Fate = "merged" if selection.guide == "similarity" else "fused" if selection.fuses else "dropped"
-    return [
-        Explanation(photo, name, text, selection.guide, grid, fate, found)
-        for text, found in zip(texts, locations, strict=True)
-    ]
+    return Explanation(photo, name, text, selection.guide, grid, fate, _locations(records, row, grid[0] * grid[1]))
 
 
 def _joint_records(encoder: Any, mask: Tensor, rows: Any, states: Tensor, selection: SelectionConfig) -> Any:

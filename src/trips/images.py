@@ -112,9 +112,11 @@ class OpenedImage:
 
     Attributes:
         size: (width, height) in pixels of the upright picture in full.
+        format: as Pillow calls it, such as "JPEG"; empty where it has no name.
     """
 
     size: tuple[int, int]
+    format: str
     _image: Image.Image
     _label: str
 
@@ -141,7 +143,8 @@ def open_image(data: bytes, *, name: str | None = None) -> OpenedImage:
     label = name or "image bytes"
     image = _open(data, label)
     width, height = image.size
-    return OpenedImage((height, width) if _orientation(image) >= 5 else (width, height), image, label)
+    size = (height, width) if _orientation(image) >= 5 else (width, height)
+    return OpenedImage(size, image.format or "", image, label)
 
 
 def _from_path(source: str | Path, name: str | None, max_pixels: int, min_size: tuple[int, int] | None) -> Image.Image:

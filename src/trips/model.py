@@ -148,7 +148,7 @@ class TripsModel(TripsPreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """T = {t_cls, t_1 .. t_m}: (B, L) -> (B, L, D)."""
-        check_ids(input_ids, attention_mask)
+        check_ids(input_ids, attention_mask, self.config.text_config.max_position_embeddings)
         # A ready-made mask: from a plain one transformers would first ask the device whether anything is padded.
         mask = bidirectional_mask(attention_mask, self.text.dtype)
         return self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state

@@ -66,7 +66,7 @@ class TripsSingleStreamModel(TripsPreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What enters the stack of a text, the multimodal [CLS] in the place of its own: (B, L) -> (B, L, D)."""
-        check_ids(input_ids, attention_mask)
+        check_ids(input_ids, attention_mask, self.config.text_config.max_position_embeddings)
         words = self.text.embeddings(input_ids=input_ids)[:, 1:] + self.modality_embeddings.weight[_TEXT]
         return torch.cat([self.vision.reader.cls().to(words.dtype).expand(words.shape[0], -1, -1), words], dim=1)
 

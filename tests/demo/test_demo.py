@@ -14,10 +14,10 @@ from reasoning_models import tiny_reasoning_model
 from tiny import tiny_pretraining_model, tiny_vqa_model
 
 from trips.bench.flops import count_flops
-from trips.demo import comparison
+from trips.demo import comparison, markup
 from trips.demo.comparison import GUIDES, Comparison, check_shown, guides_of, settings_of
 from trips.demo.markup import comparison_html
-from trips.demo.uploads import MAX_LETTERS, checked_text, open_photo
+from trips.demo.uploads import MAX_LETTERS, checked_text, open_photo, uploaded_path
 from trips.errors import ConfigError, DataError, UnsupportedModelError
 from trips.pipeline import TripsPipeline
 
@@ -69,7 +69,31 @@ def test_guides_are_said_as_soon_as_they_are_ready(answering) -> None:
         [True] * 4,
         [False] * 4,
     ]
-    assert "being measured" in comparison_html(stages[0]) and "being measured" not in comparison_html(stages[-1])
+    pages = list(comparison_html(stages))
+    assert "being measured" in pages[0] and "being measured" not in pages[-1]
+    assert pages == [next(comparison_html([found])) for found in stages]  # pictures drawn once, or anew
+
+
+def test_nothing_is_computed_or_drawn_twice(answering, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"images": 0, "ranked": 0, "drawn": 0}
+
+    def counted(holder: object, name: str, what: str) -> None:
+        function = getattr(holder, name)
+
+        def watched(*arguments, **options):
+            calls[what] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(holder, name, watched)
+
+    monkeypatch.setattr(comparison, "_ROUNDS", (2, 2))
+    counted(answering.model.trips.vision, "prefix", "images")
+    counted(answering.model, "rank_answers", "ranked")
+    counted(markup, "kept_picture", "drawn")
+    list(comparison_html(comparison.compare(answering, picture(3), QUESTION, **SETTINGS)))
+    settings, layers = 4, 2
+    assert calls["ranked"] == settings and calls["drawn"] == (settings - 1) * layers
+    assert calls["images"] == settings * 4  # the answer's pass, the one that is drawn, two that are timed
 
 
 def test_every_guides_answer_is_made_of_the_patches_that_are_drawn(answering, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +131,18 @@ def test_a_matching_model_gives_the_probability_of_its_score(matching) -> None:
     assert found.layers == (3,) and len(found.outcomes[0].explanation.locations[0].kept) == 4
 
 
-@pytest.mark.parametrize("changes", [{"keep_rate": 1.0}, {"layers": ()}])
+@pytest.mark.parametrize("changes", [{"keep_rate": 1.0}, {"layers": ()}, {"guides": ()}])
 def test_without_a_selection_the_photo_stands_alone(answering, changes: dict[str, object]) -> None:
     found = compare(answering, picture(3), QUESTION, **{**SETTINGS, **changes})
     assert [outcome.guide for outcome in found.outcomes] == ["none"] and found.layers == ()
+    assert "Nothing is selected" in next(comparison_html([found]))
+
+
+def test_a_keep_rate_that_keeps_every_patch_after_all_is_no_problem(answering) -> None:
+    found = compare(answering, picture(3), QUESTION, **{**SETTINGS, "keep_rate": 0.99})  # of 16 patches 16
+    assert all(outcome.problem is None for outcome in found.outcomes)
+    page = Reader(next(comparison_html([found])))
+    assert all(f"{16} of 16" in tags["alt"] or "every patch" in tags["alt"] for tag, tags in page.tags if tag == "img")
 
 
 def test_one_guide_that_fails_does_not_take_the_others_along(answering, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +156,7 @@ def test_one_guide_that_fails_does_not_take_the_others_along(answering, monkeypa
     monkeypatch.setattr(answering, "ask", fails)
     found = compare(answering, picture(3), QUESTION, **SETTINGS)
     assert [bool(outcome.problem) for outcome in found.outcomes] == [False, True, False, False]
-    assert "has no such <guide>" in Reader(comparison_html(found)).text
+    assert "has no such <guide>" in Reader(next(comparison_html([found]))).text
     with pytest.raises(ConfigError, match="guide: unknown value; found 'luck'"):
         compare(answering, picture(3), QUESTION, guides=("luck",), layers=(2,), keep_rate=0.5)
 
@@ -143,8 +175,9 @@ def test_guides_and_first_settings_fit_the_model(answering) -> None:
 
 
 def test_uploads_that_are_no_pictures_are_named(tmp_path: Path) -> None:
-    good = io.BytesIO()
+    good, postscript = io.BytesIO(), io.BytesIO()
     picture(0).save(good, "PNG")
+    picture(0).save(postscript, "EPS")
     for name, data, words in (
         ("text.png", b"not a picture at all", "text.png: not a readable image"),
         ("empty.png", b"", "empty"),
@@ -155,6 +188,7 @@ def test_uploads_that_are_no_pictures_are_named(tmp_path: Path) -> None:
             png_header(9_000, 9_000),
             "large.png: picture is too large to decode safely; found '9000x9000 px'",
         ),
+        ("run.png", postscript.getvalue(), "run.png: not a format of photos; found 'EPS'"),  # Pillow runs a program
         ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", "not a readable image"),
     ):
         (tmp_path / name).write_bytes(data)
@@ -167,6 +201,29 @@ def test_uploads_that_are_no_pictures_are_named(tmp_path: Path) -> None:
         open_photo(tmp_path / "good.png", max_bytes=1000)
     with pytest.raises(DataError, match="upload is gone"):
         open_photo(tmp_path / "none.png")
+
+
+def test_only_files_that_were_handed_in_are_read(tmp_path: Path) -> None:
+    uploads, secret = tmp_path / "uploads", tmp_path / "secret.png"
+    (uploads / "a").mkdir(parents=True)
+    for path in (secret, uploads / "a" / "photo.png"):
+        picture(0).save(path)
+    (uploads / "link.png").symlink_to(secret)
+    mine = str(uploads / "a" / "photo.png")
+    assert uploaded_path({"path": mine}, uploads) == mine
+    for path in (
+        str(secret),
+        f"{uploads}/../secret.png",
+        f"{uploads}/link.png",
+        f"{uploads}2/x.png",
+        "",
+        "\0",
+        None,
+        7,
+    ):
+        assert uploaded_path({"path": path}, uploads) is None
+    for upload in (None, mine, [mine], {"url": mine}):
+        assert uploaded_path(upload, uploads) is None
 
 
 def test_words_are_checked() -> None:

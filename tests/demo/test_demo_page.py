@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import sys
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from trips.demo import page
 from trips.demo.examples import write_examples
 from trips.demo.models import Shown, open_shown
 from trips.demo.page import find
+from trips.demo.server import served
 from trips.demo.uploads import open_photo
 from trips.errors import CheckpointError, ConfigError
 from trips.pipeline import TripsPipeline
@@ -63,6 +67,7 @@ def test_the_page_says_what_was_found(answering, photo: str) -> None:
     assert len({tags["src"] for tags in pictures}) == 5
     for missing in (look(shown, None, QUESTION, 0.5, [], []), look(shown, photo, " ", 0.5, [], [])):
         assert missing.found and missing.keep_photo and not missing.trouble
+    assert "Nothing is selected" in look(shown, photo, QUESTION, 0.5, None, None).found  # requests of other programs
 
 
 def test_what_people_write_stays_text(answering, photo: str) -> None:
@@ -79,6 +84,7 @@ def test_what_people_write_stays_text(answering, photo: str) -> None:
         (QUESTION, 7.0, ["2"], ["text"], "keep_rate"),
         (QUESTION, 0.5, ["2"], ["luck"], "luck"),
         ("a" * 501, 0.5, ["2"], ["text"], "too long"),
+        (["a"], 0.5, ["2"], ["text"], "blank"),
     ],
 )
 def test_bad_requests_are_alerts(answering, photo: str, text, rate, layers, guides, words: str) -> None:
@@ -168,6 +174,29 @@ def served_on(saved: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
     return cli.main(["demo", *arguments]), addresses[0] if addresses else ""
 
 
+def sent(url: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, str]:
+    """Status and text of an answer to a request as a program may send it."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, {"content-type": kind})) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def assert_reads_uploads_alone(url: str, photo: str) -> None:
+    """No file of the machine, and no address, is read because a request names it."""
+    calls, kind = f"{url}gradio_api/call/look", {"meta": {"_type": "gradio.FileData"}}
+    for upload in ({"path": photo}, {"path": photo, **kind}, {"path": __file__}):
+        status, event = sent(calls, json.dumps({"data": [upload, QUESTION, 0.5, ["2"], ["text"]]}).encode())
+        text = sent(f"{calls}/{json.loads(event)['event_id']}")[1]
+        assert status == 200 and "<img" not in text and "readable" not in text and ".p" not in text
+    for upload in ({"path": "http://198.51.100.1/a.png", **kind}, [{"a": {"path": "https://198.51.100.1/a"}}]):
+        body = json.dumps({"data": [upload, QUESTION, 0.5, ["2"], ["text"]]}).encode()
+        assert sent(calls, body)[0] == sent(calls, body, "multipart/form-data; boundary=x")[0] == 400
+    assert sent(calls, json.dumps({"data": [None, "a" * 2**20, 0.5, ["2"], ["text"]]}).encode())[0] == 413
+    assert sent(calls, b"[" * 10_000)[0] in (400, 422)
+
+
 def test_trips_demo_serves_until_it_is_interrupted(
     saved: Path, photo: str, monkeypatch, capsys, tmp_path: Path
 ) -> None:
@@ -179,6 +208,8 @@ def test_trips_demo_serves_until_it_is_interrupted(
         with urllib.request.urlopen(url) as answer:
             policy, page = answer.headers["content-security-policy"], answer.read().decode()
         assert "default-src 'self'" in policy and "http" not in policy
+        assert sent(f"{url}monitoring")[0] == 403  # it would print to our output
+        assert_reads_uploads_alone(url, photo)
         config = json.loads(urllib.request.urlopen(f"{url}config").read())
         assert config["analytics_enabled"] is False and not config["footer_links"]
         assert not re.search(r"<(script|link)[^>]*(src|href)=.https?:", page)
@@ -198,6 +229,8 @@ def test_trips_demo_serves_until_it_is_interrupted(
         assert QUESTION in Reader(found["a"]).text and QUESTION not in Reader(found["b"]).text
         bad = client.predict(file(str(tmp_path / "text.png")), "what", 0.5, ["2"], ["text"], api_name="/look")
         assert "text.png: not a readable image" in Reader(bad[1]).text
+        with open(photo, "ab") as more:
+            more.write(bytes(2**21))  # uploads may be larger than requests
         ask("c", QUESTION)  # and it still answers
         assert 'data-guide="text"' in found["c"]
         assert "trips-hit" in client.predict("a red bus", 2, api_name="/search")[1]
@@ -210,6 +243,37 @@ def test_trips_demo_serves_until_it_is_interrupted(
     assert url.startswith("http://127.0.0.1:")
     with pytest.raises(OSError):
         urllib.request.urlopen(url, timeout=5)  # closed
+
+
+def test_a_page_of_its_own_address_behind_a_proxy(answering, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        host, start = "::1", "http://[::1]:"
+    except OSError:  # a machine without IPv6
+        host, start = "127.0.0.2", "http://127.0.0.2:"
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    with served(Shown("tiny", answering), host) as url:
+        assert url.startswith(start) and sent(url)[0] == 200
+        folder = Path(os.environ["GRADIO_TEMP_DIR"]).parent
+        assert folder.stat().st_mode & 0o077 == 0  # other users of the machine stay outside
+    assert not folder.exists() and "GRADIO_TEMP_DIR" not in os.environ and os.environ["no_proxy"] == "example.org"
+
+
+def test_the_page_ends_when_the_process_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            signal.raise_signal(signal.SIGTERM)
+            assert self.is_set()
+            return True
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli_demo.threading, "Event", Told)
+    cli_demo.wait()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_mistakes_of_the_command_line_are_one_line(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -227,6 +291,7 @@ def test_mistakes_of_the_command_line_are_one_line(saved: Path, tmp_path: Path, 
         (["--train", f"--model={saved / 'asks'}"], "--train: trains the quick-start's model"),
         ([f"--model={saved / 'asks'}", "--host=203.0.113.1", "--port=7999"], "203.0.113.1:7999: cannot be listened on"),
         ([f"--model={saved / 'asks'}", f"--index={tmp_path}"], "no image index"),
+        ([f"--model={saved / 'asks'}", f"--host={'a' * 300}"], "cannot be listened on"),
     ):
         assert cli.main(["demo", *arguments]) == 2
         out, err = capsys.readouterr()

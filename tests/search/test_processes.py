@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from search.collections_of_noise import fill
+import torch
+from search.collections_of_noise import fill, save_picture, tiny_pipeline
 from search.runs import run
+
+from trips.search import files
 
 SCRIPT, SOURCE = Path(__file__).with_name("runs.py"), Path(__file__).resolve().parents[2] / "src"
 SHARED = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -57,3 +60,36 @@ def test_killed_run_loses_nothing_that_was_finished_and_two_processes_make_what_
     check_same(again, whole)
     left = {path.suffix for path in (tmp_path / "killed").rglob("*") if path.is_file()}
     assert left <= {".safetensors", ".json", ".faiss", ".lock"}
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_killed_between_shards_and_manifest_no_picture_is_found_twice(tmp_path: Path, monkeypatch) -> None:
+    """The old shards and the one that joins them then lie side by side."""
+    trained = tiny_pipeline()
+    trained.index(fill(tmp_path, 3))
+    for number in range(3, 6):
+        save_picture(tmp_path / f"{number}.png", number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "write_manifest", killed)
+        trained.index(tmp_path)
+    assert len(list((tmp_path / ".trips-index" / "shards").iterdir())) == 3
+    index = trained.index(tmp_path)
+    assert (len(index), index.report.kept, index.report.computed) == (6, 6, 0)
+    assert len({hit.path for hit in index.search("cat", 9)}) == 6
+    assert len(list((tmp_path / ".trips-index" / "shards").iterdir())) == 1
+
+
+def test_shards_that_a_killed_run_of_another_model_left_do_not_count(tmp_path: Path, monkeypatch) -> None:
+    trained, other = tiny_pipeline(), tiny_pipeline()
+    with torch.no_grad():
+        other.model.image_projection.weight.mul_(-1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "write_manifest", killed)
+        trained.index(fill(tmp_path, 3))
+    assert len(list((tmp_path / ".trips-index" / "shards").iterdir())) == 1
+    report = other.index(tmp_path).report
+    assert (report.total, report.computed, report.kept) == (3, 3, 0)

@@ -1,6 +1,6 @@
 """One photo and one text under several guides, beside no selection: what is said, what is kept, what it costs.
 
-Section 3.2 with the ablations of its guide. Every guide answers and explains from the same noise, so that the patches
+Section 3.2 with the ablations of its guide. Every guide answers and is drawn from the same noise, so that the patches
 drawn are those that the answer was made of. Dimension: N patches.
 """
 
@@ -23,13 +23,14 @@ from trips.architecture import check_single_stream
 from trips.bench.flops import count_flops
 from trips.config import SelectionConfig, check_locations
 from trips.errors import ConfigError, TripsError, UnsupportedModelError
-from trips.explanation import Explanation
+from trips.explanation import Explanation, explain_records
 from trips.images import ImageSource
 from trips.options import Guide
 from trips.pipeline import TripsPipeline
+from trips.selection import Selection
 
 GUIDES: tuple[Guide, ...] = ("text", "image", "random", "similarity")
-_ROUNDS, _SECONDS = (3, 9), 1.0  # of timing: at least so many, then as many as fit, at most so many
+_ROUNDS, _SECONDS = (2, 9), 1.0  # of timing: at least so many, then as many as fit, at most so many
 _ANSWERS = 3
 
 
@@ -40,7 +41,7 @@ class Outcome:
     Attributes:
         guide: as in `SelectionConfig`; "none" keeps every patch.
         said: answers, best first; of a model that matches, how probable "match" is.
-        explanation: what was kept; None without a selection, or where there is a `problem`.
+        explanation: what was kept; None where every patch was, or where there is a `problem`.
         seconds: median of the pass through both towers and what joins them; answers, which come behind it, cost the
             same under every guide. None before it is measured.
         gflops: of the same pass, in units of 1e9.
@@ -120,7 +121,7 @@ def compare(
         photo: upright and in full. text: question or caption.
         guides: in the order of the outcomes; one that this model does not know gives an outcome with a problem.
         layers: 1-based, in any order. keep_rate: at each.
-        source: the photo's file, for models whose processor decodes large ones at a fraction.
+        source: the photo's file or bytes, for models whose processor decodes large ones at a fraction.
     Yields:
         first without selection alone, last with all guides and with times.
     Raises:
@@ -129,23 +130,27 @@ def compare(
     if unknown := [guide for guide in guides if guide not in GUIDES]:
         raise ConfigError("unknown value", item="guide", found=unknown[0], expected=" | ".join(GUIDES))
     processor = pipeline.processor
-    source = source if processor.jpeg_draft and source is not None else photo
-    pixels = processor.resize(source)
+    pixels = processor.resize(source if processor.jpeg_draft and source is not None else photo)
     grid = tuple(side // processor.patch_size for side in processor.image_size)
     model, encoded = pipeline.model, processor(text=[text]).to(pipeline.model.device)
     tensors = processor.normalise([pixels]).to(model.device, model.dtype)
     base = settings_of(pipeline).replace(layers=tuple(sorted(set(layers))), keep_rate=keep_rate)
     check_locations(base, model.config.vision_config.num_hidden_layers)
-    keeps_all = not base.layers or keep_rate == 1
+    keeps_all = not base.layers or keep_rate == 1 or not guides
     common = (text, photo, grid[0] * grid[1], () if keeps_all else base.layers)
     outcomes: list[Outcome] = []
-    passes: dict[Guide, Callable[[], object]] = {}
+    passes: dict[Guide, Callable[[], tuple[Selection, ...]]] = {}
     for guide in ("none", *(() if keeps_all else dict.fromkeys(guides))):
         selection = base.replace(guide=guide)
         try:
+            said = _say(pipeline, pixels, text, selection)
+            one_pass = partial(_pass, pipeline, tensors, encoded, selection)
+            with _fixed_noise():
+                records = one_pass()
+            explanation = explain_records(records, photo, text, selection, grid) if records else None
             gflops = count_flops(model.config, grid, encoded["input_ids"].shape[1], selection).total
-            outcome = replace(_outcome(pipeline, source, pixels, text, selection), gflops=gflops)
-            passes[guide] = partial(_pass, pipeline, tensors, encoded, selection)
+            outcome = Outcome(guide, said, explanation, gflops=gflops)
+            passes[guide] = one_pass
         except TripsError as error:
             if guide == "none":
                 raise
@@ -158,28 +163,23 @@ def compare(
     yield Comparison(*common, (*timed[1:], timed[0]))
 
 
-def _outcome(
-    pipeline: TripsPipeline, source: ImageSource, pixels: ImageSource, text: str, selection: SelectionConfig
-) -> Outcome:
-    """What is said, and which patches it was said of; noise is the same in both."""
+def _say(pipeline: TripsPipeline, pixels: ImageSource, text: str, selection: SelectionConfig) -> tuple[Answer, ...]:
     with _fixed_noise():
         if "ask" in pipeline.verbs:
-            said = tuple(pipeline.ask(pixels, text, _ANSWERS, selection=selection))
-        else:
-            said = (Answer("match", pipeline.score(pixels, text, selection=selection).item()),)
-    if selection.guide == "none":
-        return Outcome("none", said)
-    with _fixed_noise():
-        return Outcome(selection.guide, said, pipeline.explain(source, text, selection=selection))
+            return tuple(pipeline.ask(pixels, text, _ANSWERS, selection=selection))
+        return (Answer("match", pipeline.score(pixels, text, selection=selection).item()),)
 
 
 @torch.no_grad()
-def _pass(pipeline: TripsPipeline, tensors: Tensor, encoded: BatchFeature, selection: SelectionConfig) -> None:
-    """Both towers and what joins them, until the result is on this side of a GPU."""
+def _pass(
+    pipeline: TripsPipeline, tensors: Tensor, encoded: BatchFeature, selection: SelectionConfig
+) -> tuple[Selection, ...]:
+    """Both towers and what joins them, until the result is on this side of a GPU: what was kept."""
     output = pipeline.model.trips(
         encoded["input_ids"], encoded["attention_mask"], pixel_values=tensors, selection=selection
     )
     output.last_hidden_state[0, 0, 0].item()
+    return output.selections or ()
 
 
 @contextmanager
@@ -191,11 +191,9 @@ def _fixed_noise() -> Iterator[None]:
 
 
 def _medians(calls: dict[Guide, Callable[[], object]]) -> dict[Guide, float]:
-    """Seconds of each call, taken in turn so that a busy machine slows all alike."""
+    """Seconds of each call, which has been made before, taken in turn so that a busy machine slows all alike."""
     taken: dict[Guide, list[float]] = {guide: [] for guide in calls}
     begun = time.perf_counter()
-    for call in calls.values():  # shapes that have not been seen before cost more
-        call()
     for done in range(1, _ROUNDS[1] + 1):
         for guide, call in calls.items():
             start = time.perf_counter()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 
 from trips.demo.comparison import Comparison, Outcome
 from trips.drawing import enlarged, kept_picture
+from trips.options import Guide
 
 NAMES = {
     "text": "Text",
@@ -35,7 +36,7 @@ _REMAINS = {
     "dropped": "the others are dropped",
     "merged": "the others are merged into these",
 }
-_QUALITY = 85  # of JPEG
+_QUALITY, _SIDE = 85, 512  # of JPEG; pixels of the longer side, which page.css shows at half that
 
 
 def note(text: str) -> str:
@@ -48,13 +49,26 @@ def alert(text: str) -> str:
     return f'<div class="trips-alert" role="alert">{escape(text)}</div>'
 
 
-def comparison_html(found: Comparison) -> str:
-    """A section for every guide: what is said, what it costs, and the photo behind every location."""
-    photo = enlarged(np.asarray(found.photo))[0]
+def comparison_html(stages: Iterable[Comparison]) -> Iterator[str]:
+    """A section for every guide, anew at every stage: what is said, what it costs, the photo behind every location.
+
+    Args:
+        stages: of one photo, text and setting, as `compare` yields them; pictures are drawn once for all of them.
+    """
+    photo, drawn = None, {}
+    for found in stages:
+        photo = enlarged(np.asarray(found.photo), side=_SIDE)[0] if photo is None else photo
+        for outcome in found.outcomes:
+            if outcome.guide not in drawn and outcome.problem is None:
+                drawn[outcome.guide] = _pictures(outcome, photo, found.num_patches)
+        yield _page(found, drawn)
+
+
+def _page(found: Comparison, drawn: dict[Guide, str]) -> str:
     said = f'<p class="trips-text">{escape(found.text)}</p>'
     if not found.layers:
-        said += note("Nothing is selected: choose layers and a keep rate below 1.")
-    rows = "".join(_section(outcome, found, photo) for outcome in found.outcomes)
+        said += note("Nothing is selected: choose guides, layers and a keep rate below 1.")
+    rows = "".join(_section(outcome, found.baseline, drawn) for outcome in found.outcomes)
     costs = (
         "Time (median of a few runs on this machine) and operations (billions; one multiply-add is two) are those of "
         "the pass through both towers and what joins them. Kept patches are clear, all others dimmed."
@@ -73,7 +87,7 @@ def hits_html(text: str, hits: Iterable[tuple[str, str, np.ndarray, np.ndarray |
     """
     cards = []
     for place, (name, words, image, mask) in enumerate(hits, start=1):
-        photo = enlarged(image)[0]
+        photo = enlarged(image, side=_SIDE)[0]
         pictures = [_picture(photo, f"photo {name}", "")]
         if mask is not None:
             kept = kept_picture(photo, mask, grid)
@@ -89,26 +103,30 @@ def hits_html(text: str, hits: Iterable[tuple[str, str, np.ndarray, np.ndarray |
     )
 
 
-def _section(outcome: Outcome, found: Comparison, photo: np.ndarray) -> str:
+def _section(outcome: Outcome, baseline: Outcome, drawn: dict[Guide, str]) -> str:
     head = f"<h3>{NAMES[outcome.guide]}</h3><p>{_MEANINGS[outcome.guide]}</p>"
     if outcome.problem is not None:
         return f'<section class="trips-guide"><div class="trips-facts">{head}</div>{alert(outcome.problem)}</section>'
-    facts = head + _bars(outcome) + _costs(outcome, found.baseline)
-    explanation = outcome.explanation
-    if explanation is None:
-        pictures = [_picture(photo, "photo, every patch kept", f"all {found.num_patches} patches")]
-    else:
-        pictures = []
-        for i, location in enumerate(explanation.locations):
-            mask = explanation.mask(i)
-            words = f"layer {location.layer}: {mask.sum()} of {mask.size}"
-            picture = kept_picture(photo, mask, explanation.grid)
-            pictures.append(_picture(picture, f"{NAMES[outcome.guide]} guide, {words} patches kept", words))
-        facts += f'<p class="trips-small">{_REMAINS[explanation.fate]}</p>'
+    facts = head + _bars(outcome) + _costs(outcome, baseline)
+    if outcome.explanation is not None:
+        facts += f'<p class="trips-small">{_REMAINS[outcome.explanation.fate]}</p>'
     return (
         f'<section class="trips-guide" data-guide="{outcome.guide}"><div class="trips-facts">{facts}</div>'
-        f'<div class="trips-pictures">{"".join(pictures)}</div></section>'
+        f'<div class="trips-pictures">{drawn[outcome.guide]}</div></section>'
     )
+
+
+def _pictures(outcome: Outcome, photo: np.ndarray, num_patches: int) -> str:
+    explanation = outcome.explanation
+    if explanation is None:
+        return _picture(photo, "photo, every patch kept", f"all {num_patches} patches")
+    pictures = []
+    for i, location in enumerate(explanation.locations):
+        mask = explanation.mask(i)
+        words = f"layer {location.layer}: {mask.sum()} of {mask.size}"
+        picture = kept_picture(photo, mask, explanation.grid)
+        pictures.append(_picture(picture, f"{NAMES[outcome.guide]} guide, {words} patches kept", words))
+    return "".join(pictures)
 
 
 def _bars(outcome: Outcome) -> str:

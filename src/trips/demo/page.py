@@ -20,7 +20,7 @@ from trips.demo.comparison import compare, guides_of, settings_of
 from trips.demo.examples import write_examples
 from trips.demo.markup import NAMES, alert, comparison_html, hits_html, note
 from trips.demo.models import Shown
-from trips.demo.uploads import checked_text, open_photo
+from trips.demo.uploads import checked_text, open_photo, uploaded_path
 from trips.errors import ConfigError, DataError, MissingDependencyError, TripsError
 from trips.images import load_image
 from trips.metrics import kept_mask
@@ -82,14 +82,13 @@ def look(
     except DataError as error:
         yield Said(note(_WELCOME), alert(str(error)), keep_photo=False)
         return
-    if not (text or "").strip():
+    if text is None or not str(text).strip():
         yield Said(note("The photo is there. Now type some words about it."))
         return
 
     def ask() -> Iterator[str]:
-        settings = {"guides": list(guides), "layers": _whole(layers), "keep_rate": keep_rate}
-        for found in compare(shown.pipeline, image, checked_text(text), source=photo, **settings):
-            yield comparison_html(found)
+        settings = {"guides": list(guides or ()), "layers": _whole(layers or ()), "keep_rate": keep_rate}
+        yield from comparison_html(compare(shown.pipeline, image, checked_text(text), source=photo, **settings))
 
     yield from _said(ask())
 
@@ -191,8 +190,7 @@ def _look_part(gradio: Any, shown: Shown, folder: str | Path) -> None:
     inputs, outputs = [photo, words, keep, layers, chosen], [photo, trouble, found]
 
     def run(upload: dict[str, Any] | None, *values: Any) -> Iterator[tuple[Any, str, str]]:
-        # Pictures that are written into the request, and not uploaded, have no path.
-        for said in look(shown, upload and upload.get("path"), *values):
+        for said in look(shown, uploaded_path(upload, photo.GRADIO_CACHE), *values):
             yield gradio.skip() if said.keep_photo else None, said.trouble, said.found
 
     # Without preprocess: gradio's would open the file before any check of ours.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.resources
 import ipaddress
+import json
 import logging
+import os
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'self'"
 )
+_MAX_REQUEST = 2**20  # bytes of a request that is no upload: words, numbers and the name of a file
 
 
 @contextmanager
@@ -45,11 +48,11 @@ def served(shown: Shown, host: str = "127.0.0.1", port: int | None = None) -> It
     _check_free(host, port)
     if not _is_local(host):
         logger.warning("%s: everyone who reaches this machine can use the page", host)
-    with tempfile.TemporaryDirectory(prefix="trips_demo_") as folder:
+    with tempfile.TemporaryDirectory(prefix="trips_demo_") as folder, _environment(folder, host):
         page = build_page(shown, folder)
         try:
             _, url, _ = page.launch(
-                server_name=host,
+                server_name=f"[{host}]" if ":" in host else host,  # IPv6, as in an address of the web
                 server_port=port,
                 share=False,
                 quiet=True,
@@ -57,6 +60,7 @@ def served(shown: Shown, host: str = "127.0.0.1", port: int | None = None) -> It
                 prevent_thread_lock=True,
                 ssr_mode=False,
                 mcp_server=False,
+                enable_monitoring=False,
                 pwa=False,
                 footer_links=[],
                 max_file_size=MAX_BYTES,
@@ -72,20 +76,85 @@ def served(shown: Shown, host: str = "127.0.0.1", port: int | None = None) -> It
             page.close(verbose=False)
 
 
+@contextmanager
+def _environment(folder: str, host: str) -> Iterator[None]:
+    """What gradio reads from the environment, as long as the page lasts.
+
+    Uploads lie in a folder of this page alone, which other users of the machine cannot read and which ends with the
+    page; gradio's own is one for all. A folder that the user has chosen stays. gradio asks its page whether it is
+    there, which no proxy of the network can answer.
+    """
+    passed = filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host))
+    ours = {"no_proxy": ",".join(passed)}
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        ours["GRADIO_TEMP_DIR"] = os.path.join(os.path.realpath(folder), "uploads")
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class _Guarded:
-    """ASGI middleware that sends the policy with every answer."""
+    """ASGI middleware: the policy with every answer, and no request that would have the server fetch an address.
+
+    gradio downloads whatever a request calls the path of a picture. Uploads, which it limits by itself, pass.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
                 headers = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
                 message = {**message, "headers": [*message.get("headers", []), *headers]}
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        # By its path: what a body is, is said by those who send it.
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith("/gradio_api/upload"):
+            await self.app(scope, receive, guarded)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > _MAX_REQUEST:
+                await PlainTextResponse("request is too large", 413)(scope, receive, guarded)
+                return
+        if _names_address(body):
+            await PlainTextResponse("hand the picture in: the page fetches nothing", 400)(scope, receive, guarded)
+            return
+        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> Any:
+            return next(parts, None) or await receive()
+
+        await self.app(scope, replay, guarded)
+
+
+def _names_address(body: bytes) -> bool:
+    """Whether a picture's path is an address, at any depth of a JSON document."""
+    try:
+        waiting = [json.loads(body)]
+    except (ValueError, RecursionError):  # gradio refuses it, too
+        return False
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("path"), str) and "://" in value["path"]:
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def _theme(gradio: Any) -> Any:
@@ -101,8 +170,8 @@ def _check_free(host: str, port: int | None) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no machine can have
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot be listened on: {reason}", item=f"{host}:{port}" if port else host) from error
 
 

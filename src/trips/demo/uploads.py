@@ -1,4 +1,4 @@
-"""What a visitor hands in, checked before it costs anything: the file's size, pixels by the header, words."""
+"""What a visitor hands in, checked before it costs anything: whose file, its size, kind and pixels, and the words."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ from pathlib import Path
 from PIL import Image
 
 from trips.errors import DataError
-from trips.images import load_image
+from trips.images import load_image, open_image
 
 MAX_BYTES = 30 * 2**20
 MAX_PIXELS = 60_000_000  # of a phone's largest photos; 180 MB decoded
 MAX_LETTERS = 500  # of a question; a model reads some tens of words
+# What cameras, phones and browsers make. Pillow reads more, EPS by running another program on it.
+_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+
+
+def uploaded_path(upload: object, folder: str | Path) -> str | None:
+    """Path of a file that was handed in; None for anything else, so that no request can read another file.
+
+    Args:
+        upload: what a request says of the file; requests are written by whoever likes to.
+        folder: of all uploads.
+    """
+    path = upload.get("path") if isinstance(upload, dict) else None
+    if not isinstance(path, str) or "\0" in path:
+        return None
+    return path if Path(path).resolve().is_relative_to(Path(folder).resolve()) else None
 
 
 def open_photo(path: str | Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -21,7 +36,7 @@ def open_photo(path: str | Path, *, max_bytes: int = MAX_BYTES, max_pixels: int 
         path: of the file; messages have its name alone, not the server's folders.
         max_bytes: of the file. max_pixels: height times width.
     Raises:
-        DataError: no picture, a damaged one, or one beyond these sizes.
+        DataError: no picture, a damaged one, one of a format that is no photo's, or one beyond these sizes.
     """
     path = Path(path)
     try:
@@ -32,6 +47,9 @@ def open_photo(path: str | Path, *, max_bytes: int = MAX_BYTES, max_pixels: int 
         data = path.read_bytes()
     except OSError as error:
         raise DataError("upload is gone: hand it in again", item=path.name) from error
+    found = open_image(data, name=path.name).format
+    if found not in _FORMATS:
+        raise DataError("not a format of photos", item=path.name, found=found, expected=", ".join(sorted(_FORMATS)))
     return load_image(data, name=path.name, max_pixels=max_pixels)
 
 

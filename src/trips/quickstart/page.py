@@ -43,13 +43,26 @@ def write_quickstart_report(out: str | os.PathLike[str]) -> Path:
     Args:
         out: folder that `run_quickstart` wrote to.
     Raises:
-        CheckpointError: not such a folder, results that are not JSON, a file that cannot be written.
+        CheckpointError: not such a folder, results that are not JSON or not of a quick-start, a file that cannot be
+            written.
     """
     out = Path(out)
     results = read_json(out / RESULTS_FILE)
     if not _has_rows(results):
         raise CheckpointError("is not the folder of a quick-start", item=out, expected=f"its {RESULTS_FILE}")
-    page = Page(
+    try:
+        page = _page(out, results)
+    except TripsError:  # some are ValueErrors
+        raise
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "is not what a quick-start writes", item=out / RESULTS_FILE, found=f"{type(error).__name__}: {error}"
+        ) from error
+    return write_page(page, out / REPORT_FILE)
+
+
+def _page(out: Path, results: Mapping[str, Any]) -> Page:
+    return Page(
         title=f"quick-start {out.resolve().name}",
         purpose="a small model on generated scenes: every guide fine-tunes a copy of one warmed-up model",
         status=f"Written on {(results.get('environment') or {}).get('date', 'an unknown day')}.",
@@ -68,7 +81,6 @@ def write_quickstart_report(out: str | os.PathLike[str]) -> Path:
             Section("To repeat it", (Code(_command(results)),)),
         ),
     )
-    return write_page(page, out / REPORT_FILE)
 
 
 def is_quickstart(folder: str | os.PathLike[str]) -> bool:

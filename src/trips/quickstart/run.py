@@ -21,6 +21,7 @@ from trips.quickstart.plan import GUIDES, QuickstartPlan, Scale
 from trips.quickstart.report import draw_kept_patches, findings
 from trips.quickstart.stages import build_model, fine_tune, warm_up
 from trips.tasks.vqa import TripsForQuestionAnswering
+from trips.train.run_report import keep_report
 from trips.train.settings import TrainReport
 
 logger = logging.getLogger("trips")
@@ -67,7 +68,7 @@ def run_quickstart(out: str | Path = "runs/quickstart", seed: int = 0, scale: Sc
         "losses": losses,
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_quickstart_report(out)
+    keep_report(lambda: write_quickstart_report(out))
     return results
 
 

@@ -6,6 +6,7 @@ Colours are classes of the page's style sheet, which knows the reader's scheme. 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ Point = tuple[float, float | None]  # None: nothing was measured there, the curv
 MOST_SERIES = 6
 """Line styles that can be told apart."""
 
+_GREATEST, _TINY = 3.5e38, 1e-45  # of float32
 _MOST_CHARACTERS = 100  # of a name, which every point repeats
 _MOST_POINTS = 200  # of a curve: more cannot be seen at this width, and would be most of the page
 _WIDTH, _HEIGHT = 400, 200
@@ -45,7 +47,8 @@ class Chart:
 
     Attributes:
         title: above it.
-        series: at most `MOST_SERIES`, each with a measured point; others are left out.
+        series: at most `MOST_SERIES`, each with a measured point; others are left out. What is no number that float32
+            can hold, such as an infinite loss, counts as not measured.
         x_name: of the horizontal axis.
         includes: values that the vertical axis shows whatever was measured.
         marks: x of vertical lines, each with what happened there.
@@ -57,11 +60,16 @@ class Chart:
     includes: tuple[float, ...] = ()
     marks: tuple[tuple[float, str], ...] = ()
 
-    @property
+    @functools.cached_property
     def drawn(self) -> tuple[Series, ...]:
         """The curves with something to draw."""
-        known = [one for one in self.series if any(y is not None for _, y in one.points)][:MOST_SERIES]
-        return tuple(dataclasses.replace(one, name=one.name[:_MOST_CHARACTERS]) for one in known)
+        finite = [
+            dataclasses.replace(
+                one, name=one.name[:_MOST_CHARACTERS], points=tuple((x, number(y)) for x, y in one.points)
+            )
+            for one in self.series
+        ]
+        return tuple([one for one in finite if _known(one)][:MOST_SERIES])
 
     @property
     def legend(self) -> list[tuple[str, str]]:
@@ -104,9 +112,10 @@ class _Axis:
     @classmethod
     def of(cls, values: Sequence[float], start: float, end: float) -> _Axis:
         low, high = min(values), max(values)
-        if low == high:
-            room = abs(low) / 2 or 1.0
-            low, high = (0.0, 2 * high) if low > 0 else (low - room, high + room)
+        size = max(abs(low), abs(high))
+        if high - low <= max(1e-9 * size, _TINY):  # so near each other that ticks would fall together
+            room = size / 2 if size > _TINY else 1.0
+            low, high = (0.0, 2 * high) if low > _TINY else (low - room, high + room)
         step = _round_step((high - low) / 5)
         if start > end:  # the vertical axis ends at ticks; along a run, room behind the last step would be a lie
             low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
@@ -122,6 +131,13 @@ class _Axis:
         """A tick in as many decimals as tell it from the next."""
         plain = 1 <= self.decimals <= 6 and max(abs(self.low), abs(self.high)) >= 2e-3
         return f"{tick:.{self.decimals}f}" if plain else short(tick)
+
+
+def number(value: object) -> float | None:
+    """What can be drawn: None for anything but a finite number of float32's range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= _GREATEST else None  # False for NaN, too
 
 
 def short(value: float) -> str:

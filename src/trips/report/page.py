@@ -5,11 +5,13 @@ Its own policy forbids scripts and every request, should a text that came from d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -106,7 +108,7 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML, smaller than `MOST_BYTES`."""
-    while (size := len((text := _render(page)).encode())) > MOST_BYTES:
+    while (size := len((text := _render(page)).encode(errors="replace"))) > MOST_BYTES:
         shown = sum(isinstance(block, Example) for section in page.sections for block in section.blocks)
         if not shown:
             raise CheckpointError("is too large for a page", item=clip(page.title), expected=f"{MOST_BYTES} bytes")
@@ -115,17 +117,19 @@ def render(page: Page) -> str:
 
 
 def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
-    """Write a page; one that was there is replaced as a whole.
+    """Write a page; one that was there is replaced as a whole, also where several are written at once.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    partial, text = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial"), render(page)
     try:
-        partial.write_text(render(page), encoding="utf-8", errors="replace")  # lone surrogates, from broken names
+        partial.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates, from broken names
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise CheckpointError(f"cannot be written ({error.strerror or error})", item=path) from error
     return path
 
@@ -138,7 +142,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read ({error})", item=path) from error

@@ -26,7 +26,7 @@ class Picture:
     """A photo, and what is left of it behind every location.
 
     Attributes:
-        image: the photo; stored reduced.
+        image: the photo; held in the size of the page, since one of a camera is a hundred times as large.
         grid: patches (down, across).
         kept: (N,) bool per location. layers: 1-based, one per location.
     """
@@ -35,6 +35,12 @@ class Picture:
     grid: tuple[int, int] = (1, 1)
     kept: tuple[np.ndarray, ...] = ()
     layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if max(self.image.size) > _SIDE:
+            small = self.image.convert("RGB")
+            small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+            object.__setattr__(self, "image", small)
 
     @classmethod
     def of(cls, one: Explanation) -> Picture:
@@ -94,13 +100,12 @@ class Example:
 
 
 def data_uri(image: Image.Image) -> str:
-    """A photo inside an address: JPEG of at most 320 pixels a side, or PNG for the smallest."""
+    """A photo inside an address: JPEG, or PNG for the smallest."""
     image, buffer = image.convert("RGB"), io.BytesIO()
     if max(image.size) <= _PIXEL_ART:
         image.save(buffer, "PNG", optimize=True)
         kind = "png"
     else:
-        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         image.save(buffer, "JPEG", quality=82)
         kind = "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

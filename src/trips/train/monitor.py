@@ -149,7 +149,7 @@ def lines_until(path: Path, step: int) -> list[str]:
     if step == 0 or not path.is_file():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

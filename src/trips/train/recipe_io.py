@@ -47,14 +47,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Overrides = ())
     Raises:
         ConfigError: no such recipe; broken YAML; an unknown key, with the nearest known one; a value of a wrong type.
     """
-    origin, text = _read(name_or_path)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("is not YAML", item=origin, found=" ".join(str(error).split())) from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError("is not a mapping", item=origin, found=type(values).__name__, expected="sections with keys")
+    origin, values = _read_values(name_or_path)
     flat = _flatten(values, Recipe, origin)
     origins = dict.fromkeys(flat, origin)
     for key, value in _dotted(overrides).items():
@@ -62,6 +55,33 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Overrides = ())
         flat |= changed
         origins |= dict.fromkeys(changed, "override")
     return _build(flat, origins)
+
+
+def load_known_keys(path: str | os.PathLike[str]) -> tuple[Recipe, tuple[str, ...]]:
+    """Read the recipe of a run that another version may have made: to look at, not to train by.
+
+    Returns:
+        What this version knows of it, and the dotted keys that it does not know.
+    Raises:
+        ConfigError: as of `load_recipe`, but for unknown keys.
+    """
+    origin, values = _read_values(path)
+    unknown: list[str] = []
+    flat = _flatten(_known(values, Recipe, unknown), Recipe, origin)
+    return _build(flat, dict.fromkeys(flat, origin)), tuple(unknown)
+
+
+def _known(values: Mapping[str, Any], kind: type, unknown: list[str], prefix: str = "") -> dict[str, Any]:
+    """The keys that a section has; others are noted."""
+    hints, known = _hints(kind), {}
+    for key, value in values.items():
+        if key not in hints:
+            unknown.append(f"{prefix}{key}")
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            known[key] = _known(value, hints[key], unknown, f"{prefix}{key}.")
+        else:
+            known[key] = value
+    return known
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
@@ -103,6 +123,19 @@ def _read(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
         raise ConfigError(
             "no such recipe or file", item=name, expected="a packaged recipe or a YAML file", hint=hint
         ) from error
+
+
+def _read_values(name_or_path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """What messages call the recipe, and its nested values as YAML has them."""
+    origin, text = _read(name_or_path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("is not YAML", item=origin, found=" ".join(str(error).split())) from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError("is not a mapping", item=origin, found=type(values).__name__, expected="sections with keys")
+    return origin, values
 
 
 def _dotted(overrides: Overrides) -> dict[str, Any]:

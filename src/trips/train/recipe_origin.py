@@ -31,7 +31,12 @@ def _packaged() -> dict[str, Recipe]:
     return {name: load_recipe(name) for name in list_recipes()}
 
 
-def command_of(recipe: Recipe) -> str | None:
+def launcher(processes: int = 1) -> str:
+    """What starts training in so many processes of one machine, before the name of a recipe."""
+    return "trips train" if processes == 1 else f"torchrun --nproc-per-node {processes} -m trips.cli train"
+
+
+def command_of(recipe: Recipe, processes: int = 1) -> str | None:
     """The command that starts a run of this recipe from the nearest packaged one; None where no line says it all."""
     name, differing = nearest_recipe(recipe)
     words = [f"--{key}={_written(ours)}" for key, (_, ours) in differing.items()]
@@ -40,7 +45,7 @@ def command_of(recipe: Recipe) -> str | None:
             return None
     except ConfigError:
         return None
-    return " \\\n  ".join(["trips train " + name, *map(shlex.quote, words)])
+    return " \\\n  ".join([f"{launcher(processes)} {name}", *map(shlex.quote, words)])
 
 
 def _written(value: Any) -> str:

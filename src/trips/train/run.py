@@ -25,7 +25,7 @@ from trips.train.loop import train
 from trips.train.parallel import on_main
 from trips.train.recipe import Recipe
 from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, recipe_values, save_recipe
-from trips.train.run_report import RECIPE_FILE, REPORT_FILE, RESULTS_FILE, keep_report
+from trips.train.run_report import RECIPE_FILE, REPORT_FILE, RESULTS_FILE, keep_report, write_run_report
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import Precision, TrainSettings, uses_bf16
 from trips.train.task import TaskParts, task_module
@@ -159,8 +159,8 @@ def _run(recipe: Recipe, accelerator: Any) -> dict[str, Any]:
         _write_json(out / RESULTS_FILE, results)
         logger.info("%s", parts.bad_samples.summary())
     if main:
-        finished = bool(results)
-        keep_report(out, parts.model if finished else None, parts.processor if finished else None)
+        examples = 8 if results else 0  # none of a model that is half trained
+        keep_report(lambda: write_run_report(out, parts.model, parts.processor, num_examples=examples))
     accelerator.wait_for_everyone()
     return results
 

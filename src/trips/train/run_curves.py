@@ -6,12 +6,13 @@ An interrupted run that went on has one log, so its curves are one; where it wen
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trips.report.charts import MOST_SERIES, Chart, Series
+from trips.report.charts import MOST_SERIES, Chart, Series, number
 from trips.report.page import Block, Note, Table, told
 from trips.train.monitor import METRICS_FILE, lines_until
 from trips.train.recipe import Recipe
@@ -24,10 +25,6 @@ def read_metrics(path: Path) -> list[Row]:
     """Lines of metrics.jsonl in the order of their steps; a half-written one is left out."""
     rows = [json.loads(line) for line in lines_until(path, sys.maxsize)]
     return sorted((row for row in rows if number(row["step"]) is not None), key=lambda row: row["step"])
-
-
-def number(value: object) -> float | None:
-    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
 
 
 def lines_of(rows: Sequence[Row], kind: str) -> list[Row]:
@@ -52,7 +49,12 @@ def clock(rows: Sequence[Row]) -> str | None:
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
-def training_curves(recipe: Recipe, rows: Sequence[Row]) -> list[Block]:
+def training_curves(recipe: Recipe, rows: Sequence[Row], *, ended: bool = True) -> list[Block]:
+    """Losses, learning rates, keep rates and evaluations, or a word where there are none.
+
+    Args:
+        ended: whether the log is whole, so that its last step is the run's.
+    """
     train = lines_of(rows, "train")
     if not train:
         return [Note(f"There are no curves: {METRICS_FILE} is not there, or has no line of training.")]
@@ -71,19 +73,24 @@ def training_curves(recipe: Recipe, rows: Sequence[Row]) -> list[Block]:
             "learning rate", tuple(_series(train, name) for name in rates[:MOST_SERIES]), includes=(0.0,), marks=marks
         )
     )
-    charts.append(_keep_rates(recipe, int(train[-1]["step"])))
+    # How long a run in epochs was to be, and with it the schedule, only its end tells.
+    scheduled = ended or recipe.optim.steps is not None or not recipe.schedule.keep_rate_warmup
+    if scheduled:
+        charts.append(_keep_rates(recipe, int(train[-1]["step"])))
     evaluations = lines_of(rows, "evaluation")
     measured = _named(evaluations, lambda name: name not in ("kind", "step", "time", "resumed_from"))
     charts += [Chart(f"evaluation: {name}", (_series(evaluations, name),), marks=marks) for name in measured]
     charts = [chart for chart in charts if chart.drawn]
     lines: list[Block] = [*charts]
+    if not scheduled:
+        lines.append(Note("Keep rates are not drawn: how many steps the run was to have is not in its log."))
     if marks:
         lines.append(Note("A dotted upright line is where the run was interrupted and went on."))
     return lines
 
 
 def _keep_rates(recipe: Recipe, last: int) -> Chart:
-    """What the recipe's schedule asked for; a function of the step, so that no log is needed."""
+    """What the recipe's schedule asked for, a function of the step alone; layers with the same rates share a curve."""
     steps = recipe.optim.steps or last  # of a run in epochs the log knows the number
     schedule = SelectionSchedule(
         recipe.model.selection,
@@ -93,16 +100,18 @@ def _keep_rates(recipe: Recipe, last: int) -> Chart:
         recipe.schedule.distill_every,
     )
     layers = recipe.model.selection.layers if recipe.model.selection.active else ()
-    turns = sorted({0, last, *(step for step in range(1, last) if schedule.level(step) != schedule.level(step - 1))})
+    gaps, warmup = schedule.levels - 1, schedule.warmup_steps
+    rises = (math.ceil(level * warmup / gaps) for level in range(1, gaps + 1))  # the first step of each level
+    turns = sorted({0, last, *(step for step in rises if 0 < step < last)})
     rates = [(step, schedule.at(max(0, min(step, last - 1)))[0].rates) for step in turns]
-    return Chart(
-        "keep rate",
-        tuple(
-            Series(f"layer {layer}", tuple((step, float(rate[place])) for step, rate in rates), steps=True)
-            for place, layer in enumerate(layers)
-        ),
-        includes=(0.0, 1.0),
+    curves: dict[tuple[tuple[float, float | None], ...], list[int]] = {}
+    for place, layer in enumerate(layers):
+        curves.setdefault(tuple((step, float(rate[place])) for step, rate in rates), []).append(layer)
+    series = (
+        Series(f"layer{'s' if len(same) > 1 else ''} {', '.join(map(str, same))}", points, steps=True)
+        for points, same in curves.items()
     )
+    return Chart("keep rate", tuple(series), includes=(0.0, 1.0))
 
 
 def cost_curves(results: Mapping[str, Any] | None, rows: Sequence[Row]) -> list[Block]:

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from trips.config import SelectionConfig
+from trips.data.pair_records import PairRecord
 from trips.data.records import BadSamples, Question, VqaRecord
-from trips.data.remote import ShardCache
 from trips.data.statements import ReasoningRecord
 from trips.distributed import alone
 from trips.errors import CheckpointError, ConfigError, DataError
@@ -38,6 +38,7 @@ from trips.train.vqa import read_records as read_questions
 from trips.train.vqa_evaluation import ANSWERED_FILE, choose_metric, score_answers
 
 _POOL = 64  # images whose captions are told apart
+_READ = 8 * _POOL  # records of a corpus that are read for it: images have several, which may stand apart
 ItemT = TypeVar("ItemT")
 
 
@@ -86,9 +87,10 @@ def choose(items: Sequence[ItemT], verdict: Callable[[ItemT], float | None], cou
         verdict: see `Example`; what is partly right counts as right from one half on.
         count: at most; half of them right if there are as many.
     """
-    right = [item for item in items if (value := verdict(item)) is not None and value >= 0.5]
-    wrong = [item for item in items if (value := verdict(item)) is not None and value < 0.5]
-    unknown = [item for item in items if verdict(item) is None]
+    judged = [(item, verdict(item)) for item in items]  # once each: there may be hundreds of thousands
+    right = [item for item, value in judged if value is not None and value >= 0.5]
+    wrong = [item for item, value in judged if value is not None and value < 0.5]
+    unknown = [item for item, value in judged if value is None]
     half = max(count - len(wrong), (count + 1) // 2)
     found = _spread(right, min(half, count))
     found += _spread(wrong, count - len(found))
@@ -198,8 +200,8 @@ def _images_of(record: ReasoningRecord) -> list[Image.Image]:
 
 def _captions(recipe: Recipe, show: _Show, count: int) -> tuple[list[Example], int]:
     """Of section 5.1.3: the nearest of the captions of some images, by contrastive features."""
-    data, cache, model = recipe.data, shard_cache(recipe.data), show.model
-    records = list(islice(join_images(_pairs(recipe, cache, show.bad)), _POOL))
+    data, model = recipe.data, show.model
+    records = _first_images(recipe, show.bad)
     pixels, kept = [], []
     for record in records:
         with show.bad.guard(record.source):
@@ -230,8 +232,14 @@ def _captions(recipe: Recipe, show: _Show, count: int) -> tuple[list[Example], i
     return found, len(kept)
 
 
-def _pairs(recipe: Recipe, cache: ShardCache, bad: BadSamples) -> Iterator[Any]:
-    if not recipe.data.test:
+def _first_images(recipe: Recipe, bad: BadSamples) -> list[PairRecord]:
+    """Some images of the test data with their captions; an image id means one image within an entry only."""
+    data, cache = recipe.data, shard_cache(recipe.data)
+    if not data.test:
         raise ConfigError("no files given", item="data.test")
-    data = recipe.data
-    return read_pairs(data.test, cache, bad, data.clean_captions, data.images, data.columns)
+    found: list[PairRecord] = []
+    for entry in data.test:
+        if len(found) < _POOL:
+            pairs = read_pairs([entry], cache, bad, data.clean_captions, data.images, data.columns)
+            found += join_images(islice(pairs, _READ))
+    return found[:_POOL]

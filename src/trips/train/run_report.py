@@ -9,13 +9,14 @@ import dataclasses
 import logging
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trips.errors import CheckpointError, ConfigError, TripsError
 from trips.model import TripsPreTrainedModel
 from trips.processor import TripsProcessor
+from trips.report.charts import number
 from trips.report.page import (
     Bars,
     Block,
@@ -33,9 +34,9 @@ from trips.report.page import (
 from trips.saved import MODEL_FOLDER, open_saved
 from trips.train.monitor import METRICS_FILE
 from trips.train.recipe import Recipe
-from trips.train.recipe_io import load_recipe, recipe_values
-from trips.train.recipe_origin import command_of, nearest_recipe
-from trips.train.run_curves import Row, clock, cost_curves, lines_of, number, read_metrics, training_curves
+from trips.train.recipe_io import load_known_keys, recipe_values
+from trips.train.recipe_origin import command_of, launcher, nearest_recipe
+from trips.train.run_curves import Row, clock, cost_curves, lines_of, read_metrics, training_curves
 from trips.train.run_examples import find_examples
 
 logger = logging.getLogger("trips")
@@ -74,14 +75,15 @@ def write_run_report(
         The file.
     Raises:
         CheckpointError: no run's folder, results that are not JSON, a file that cannot be written.
-        ConfigError: the recipe there cannot be read; a negative number of examples.
+        ConfigError: the recipe there cannot be read, but for unknown keys; a negative number of examples.
     """
     run_dir = Path(run_dir)
     if not (run_dir / RECIPE_FILE).is_file():
         raise CheckpointError("is not the folder of a run", item=run_dir, expected=f"{RECIPE_FILE} in it")
     if num_examples < 0:
         raise ConfigError("too small", item="examples", found=num_examples, expected="0 or more")
-    recipe, results = load_recipe(run_dir / RECIPE_FILE), read_json(run_dir / RESULTS_FILE)
+    recipe, unknown = load_known_keys(run_dir / RECIPE_FILE)
+    results = read_json(run_dir / RESULTS_FILE)
     rows = read_metrics(run_dir / METRICS_FILE)
     examples: list[Block] = [Note("Examples were not asked for.")]
     if num_examples:
@@ -94,24 +96,20 @@ def write_run_report(
         sections=(
             Section("Results", tuple(_outcome(results))),
             Section("Examples", tuple(examples)),
-            Section("Training", tuple(training_curves(recipe, rows))),
+            Section("Training", tuple(training_curves(recipe, rows, ended=results is not None))),
             Section("Throughput and memory", tuple(cost_curves(results, rows))),
-            Section("Configuration", tuple(_configuration(recipe, run_dir))),
+            Section("Configuration", tuple(_configuration(recipe, unknown, run_dir))),
             Section("Environment", tuple(_environment(results))),
-            Section("To repeat it", tuple(_repeat(recipe, results, run_dir))),
+            Section("To repeat it", tuple(_repeat(recipe, unknown, results, run_dir))),
         ),
     )
     return write_page(page, run_dir / REPORT_FILE)
 
 
-def keep_report(run_dir: Path, model: TripsPreTrainedModel | None, processor: TripsProcessor | None) -> None:
-    """`write_run_report` at the end of a run, which no mistake in a page may spoil: it is logged.
-
-    Args:
-        run_dir: of the run. model, processor: of a finished run; without them there are no examples.
-    """
+def keep_report(write: Callable[[], Path]) -> None:
+    """Write a page at the end of a run, which no mistake in a page may spoil: it is logged."""
     try:
-        path = write_run_report(run_dir, model, processor, num_examples=8 if model is not None else 0)
+        path = write()
     except Exception as error:
         logger.warning("no %s was written: %s: %s", REPORT_FILE, type(error).__name__, error)
     else:
@@ -124,7 +122,7 @@ def _status(results: Mapping[str, Any] | None, rows: Sequence[Row]) -> str:
     if results is None:
         last = f" The last line of its log is of step {rows[-1]['step']}." if rows else ""
         return f"This run has not ended: {RESULTS_FILE} is not there.{last}{told_of}"
-    date = (results.get("environment") or {}).get("date")
+    date = _part(results, "environment").get("date")
     return f"The run has ended{f' on {date}' if date else ''}.{told_of}"
 
 
@@ -141,7 +139,7 @@ def _facts(recipe: Recipe, results: Mapping[str, Any] | None, rows: Sequence[Row
         facts.append(("from first to last log line", seconds))
     if skipped := results.get("skipped_steps"):
         facts.append(("steps left out (not finite)", told(skipped)))
-    if device := (results.get("environment") or {}).get("device"):
+    if device := _part(results, "environment").get("device"):
         facts.append(("device", str(device)))
     return facts
 
@@ -154,9 +152,9 @@ def _outcome(results: Mapping[str, Any] | None) -> list[Block]:
         blocks.append(Bars(tuple(bars)))
     shown = {name: value for name, value in results.items() if name not in _APART}
     blocks.append(Table(tuple(named_values(shown)), title="all figures", folded=len(bars) > 1))
-    bad = results.get("bad_samples") or {}
+    bad = _part(results, "bad_samples")
     if bad.get("count"):
-        named = tuple((str(name), str(reason)) for name, reason in (bad.get("named") or {}).items())
+        named = tuple((str(name), str(reason)) for name, reason in _part(bad, "named").items())
         blocks.append(Table(named, title=f"{bad['count']} bad samples", folded=True))
     return blocks
 
@@ -187,9 +185,11 @@ def _examples(
     return [*([Note(note)] if note else []), *found]
 
 
-def _configuration(recipe: Recipe, run_dir: Path) -> list[Block]:
+def _configuration(recipe: Recipe, unknown: Sequence[str], run_dir: Path) -> list[Block]:
     name, differing = nearest_recipe(recipe)
     blocks: list[Block] = [Note(f"The nearest packaged recipe is {name}.")]
+    if unknown:
+        blocks.append(Note(f"This version does not know these keys of {RECIPE_FILE}: {', '.join(unknown)}."))
     if differing:
         rows = tuple((key, told(theirs), told(ours)) for key, (theirs, ours) in differing.items())
         blocks.append(Table(rows, ("key", name, "this run"), title="What differs"))
@@ -202,23 +202,36 @@ def _configuration(recipe: Recipe, run_dir: Path) -> list[Block]:
 
 
 def _environment(results: Mapping[str, Any] | None) -> list[Block]:
-    environment = (results or {}).get("environment")
+    environment = _part(results, "environment")
     if not environment:
         return [Note("Hardware and versions are written when a run ends; there is no record of them.")]
     return [Table(tuple(named_values(environment)))]
 
 
-def _repeat(recipe: Recipe, results: Mapping[str, Any] | None, run_dir: Path) -> list[Block]:
-    blocks: list[Block] = []
-    fresh = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, out=f"{recipe.run.out}_again"))
-    if command := command_of(fresh):
-        blocks.append(Code(command))
-    again = shlex.quote(f"--run.out={recipe.run.out}_again")
-    blocks.append(Code(f"trips train {shlex.quote(str(run_dir / RECIPE_FILE))} {again}", title="or from its own file"))
-    commit = ((results or {}).get("environment") or {}).get("commit")
+def _repeat(recipe: Recipe, unknown: Sequence[str], results: Mapping[str, Any] | None, run_dir: Path) -> list[Block]:
+    environment = _part(results, "environment")
+    commit, processes = environment.get("commit"), environment.get("processes")
     where = f" The code was that of commit {commit}." if commit else ""
+    if unknown:
+        return [Note(f"Only the version that made it knows its whole recipe.{where}")]
+    blocks: list[Block] = []
+    count = processes if isinstance(processes, int) else 1
+    out = f"{Path(recipe.run.out)}_again"  # of "runs/a/", too, it is a folder beside it
+    fresh = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, out=out))
+    if command := command_of(fresh, count):
+        blocks.append(Code(command))
+    words = [str(run_dir / RECIPE_FILE), f"--run.out={out}"]
+    blocks.append(Code(f"{launcher(count)} {shlex.join(words)}", title="or from its own file"))
     blocks.append(Note(f"Both start anew in another folder; data paths count from the working directory.{where}"))
+    if count > 1:
+        blocks.append(Note(f"It ran as {count} processes, which share each batch; here they are on one machine."))
     return blocks
+
+
+def _part(values: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """What stands under a name in a file; empty where there is nothing of that kind."""
+    part = (values or {}).get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _read(path: Path) -> str:
