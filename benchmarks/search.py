@@ -106,12 +106,15 @@ def photos(model: Path, tars: Sequence[Path], num_captions: int, limit: int | No
                 times.append(seconds)
                 names = [Path(hit.path).relative_to(folder).as_posix() for hit in hits]
                 ranks.append(names.index(key) if key in names else len(names))
-            result[way] = {
-                **{f"R@{k}": round(sum(rank < k for rank in ranks) / len(ranks), 4) for k in (1, 5, 10)},
-                "median_query_seconds": round(statistics.median(times), 4),
-            }
+            result[way] = found(ranks, times)
             print(way, result[way], flush=True)
         return result
+
+
+def found(ranks: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
+    """Share of queries whose picture is among the first hits, and the seconds of the middle one."""
+    recalls = {f"R@{k}": round(sum(rank < k for rank in ranks) / len(ranks), 4) for k in (1, 5, 10)}
+    return {**recalls, "median_query_seconds": round(statistics.median(seconds), 4)}
 
 
 def synthetic(count: int, width: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from PIL import Image
+from search import SHORTLIST, found
 
 from trips import TripsPipeline
 from trips.config import TripsConfig
@@ -38,8 +38,6 @@ from trips.tasks.retrieval import TripsForImageTextRetrieval
 from trips.train.loop import train
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import TrainSettings
-
-SHORTLIST = 64
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,7 @@ def main() -> None:
                 hits = [Path(hit.path).stem for hit in ask()]
                 seconds.append(time.perf_counter() - begun)
                 ranks.append(hits.index(str(number)) if str(number) in hits else len(hits))
-            result[way] = {
-                **{f"R@{k}": round(sum(rank < k for rank in ranks) / len(ranks), 4) for k in (1, 5, 10)},
-                "median_query_seconds": round(statistics.median(seconds), 4),
-            }
+            result[way] = found(ranks, seconds)
             print(way, result[way], flush=True)
     text = json.dumps(result, indent=1)
     print(text)

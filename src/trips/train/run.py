@@ -19,12 +19,12 @@ from trips.errors import CheckpointError, ConfigError, MissingDependencyError
 from trips.model_card import write_model_card
 from trips.prefix_cache import PrefixCache
 from trips.saved import MODEL_FOLDER
-from trips.train.checkpoint import list_checkpoints
 from trips.train.lock import RunLock
 from trips.train.loop import train
 from trips.train.parallel import on_main
 from trips.train.recipe import Recipe
-from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, recipe_values, save_recipe
+from trips.train.recipe_io import Overrides, load_recipe, recipe_to_dict, save_recipe
+from trips.train.run_checks import check_effect, check_same_run
 from trips.train.run_report import RECIPE_FILE, REPORT_FILE, RESULTS_FILE, keep_report, write_run_report
 from trips.train.schedule import SelectionSchedule
 from trips.train.settings import Precision, TrainSettings, uses_bf16
@@ -33,23 +33,6 @@ from trips.train.transfer import start_from
 from trips.vision import VisionEncoder
 
 logger = logging.getLogger("trips")
-
-# Keys that may differ when a run goes on: they do not change the weights that it ends with.
-_FREE_KEYS = frozenset(
-    ("purpose", "data.test", "data.cache_images", "data.num_workers", "data.max_bad_share", "optim.max_nonfinite",
-     "data.cache_dir", "data.cache_gb", "run.out", "run.resume", "run.parallel", "run.trackers",
-     "run.gradient_checkpointing", "run.log_every", "run.save_every", "run.keep_last", "run.eval_batch_size",
-     "run.top_k", "run.answer", "run.metric", "run.shortlist", "run.rerank_guide", "run.memory_gb",
-     "run.cache_prefix_gb")
-)  # fmt: skip
-
-# Keys that shaped a trained model, but for those behind: a measurement would ignore another value.
-_SETTLED = (
-    "model.", "optim.", "schedule.", "data.train", "data.image_size", "data.max_text_length", "data.augment",
-    "data.crop_scale", "data.flip", "data.weights", "data.loss_weights", "data.shuffle_images",
-    "data.max_questions_per_image", "data.min_answer_count", "data.jpeg_draft",
-)  # fmt: skip
-_MEASURED = ("model.selection.", "model.reasoning.num_images")
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -188,7 +171,7 @@ def evaluate_run(
         if not (run_dir / file).exists():
             raise CheckpointError("is not the folder of a finished run", item=run_dir, expected=f"{file} in it")
     recipe = load_recipe(run_dir / RECIPE_FILE, overrides)
-    _check_effect(recipe, load_recipe(run_dir / RECIPE_FILE))
+    check_effect(recipe, load_recipe(run_dir / RECIPE_FILE))
     if out is not None:
         try:
             Path(out).mkdir(parents=True, exist_ok=True)  # now, and not after an hour of measuring
@@ -208,39 +191,6 @@ def evaluate_run(
         "selection": recipe_to_dict(recipe)["model"]["selection"],
         "bad_samples": _named(parts.bad_samples),
     }
-
-
-def check_same_run(recipe: Recipe) -> None:
-    """Refuse to go on with the checkpoints of another recipe, whose result would be neither run's.
-
-    Raises:
-        ConfigError: ``run.out`` holds checkpoints of a recipe that differs in what the weights depend on.
-    """
-    out = Path(recipe.run.out)
-    if recipe.run.resume != "auto" or not (out / RECIPE_FILE).is_file() or not list_checkpoints(out / "checkpoints"):
-        return
-    ours, theirs = recipe_values(recipe), recipe_values(load_recipe(out / RECIPE_FILE))
-    if changed := [key for key in ours if key not in _FREE_KEYS and ours[key] != theirs[key]]:
-        raise ConfigError(
-            "holds the checkpoints of another run",
-            item=out,
-            found=", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in changed[:3]),
-            hint="choose another run.out, or begin anew there with run.resume=never",
-        )
-
-
-def _check_effect(recipe: Recipe, trained: Recipe) -> None:
-    """Refuse to measure with a key that the finished model would not follow: the figures would pass for its effect."""
-    ours, theirs = recipe_values(recipe), recipe_values(trained)
-    for key in ours:
-        if ours[key] != theirs[key] and key.startswith(_SETTLED) and not key.startswith(_MEASURED):
-            raise ConfigError(
-                "has no effect on a trained model",
-                item=f"override: {key}",
-                found=ours[key],
-                expected=f"{theirs[key]}, as it was trained",
-                hint="a measurement reads data.test, model.selection and run",
-            )
 
 
 def keep_prefixes(recipe: Recipe, vision: VisionEncoder) -> None:

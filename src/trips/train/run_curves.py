@@ -28,6 +28,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def lines_of(rows: Sequence[Row], kind: str) -> list[Row]:
+    """The lines of a log that are of one kind, "train" or what `Monitor` writes beside it."""
     return [row for row in rows if row.get("kind") == kind]
 
 
@@ -41,6 +42,7 @@ def _named(rows: Sequence[Row], choose: Callable[[str], bool]) -> list[str]:
 
 
 def clock(rows: Sequence[Row]) -> str | None:
+    """Time from the first line to the last, for people; None without two of them."""
     times = [time for row in rows if (time := number(row.get("time"))) is not None]
     if len(times) < 2:
         return None
@@ -115,6 +117,7 @@ def _keep_rates(recipe: Recipe, last: int) -> Chart:
 
 
 def cost_curves(results: Mapping[str, Any] | None, rows: Sequence[Row]) -> list[Block]:
+    """Throughput and memory: samples a second, share of the peak, MiB, and what the results say of the whole run."""
     train, blocks = lines_of(rows, "train"), []
     titles = {
         "samples_per_second": "samples per second",
